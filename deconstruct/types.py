@@ -1,11 +1,10 @@
-"""What every floor shares: the two streams of a layer, and the error that is the user's to mend."""
+"""What every floor shares: the two streams of a layer, and the error that is the user's to mend. Imports nothing
+heavy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
-
-import jax
 
 
 class UserError(ValueError):
@@ -29,5 +28,7 @@ class Streams(NamedTuple):
     x: Any = None
 
     def map(self, function: Callable[..., Any], *others: Streams) -> Streams:
-        """Applies `function` to each stream that is there (and to the same stream of `others`)."""
-        return jax.tree.map(function, self, *others)
+        """Applies `function` to each stream that is there, and to the same stream of `others`."""
+        return Streams(
+            *(None if own is None else function(own, *rest) for own, *rest in zip(self, *others, strict=True))
+        )

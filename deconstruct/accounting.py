@@ -1,0 +1,122 @@
+"""What a model costs: parameters, floating-point operations, cache bytes, model FLOPs utilisation.
+
+FLOPs count a multiply-add as two. `needed` counts causal attention as half of its square and recurrences as what
+they are; recomputation (remat) is not needed work. `dense` counts whole L x L maps, as the tables of
+arXiv:2510.11602 do.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deconstruct.attention.attention import Attention
+from deconstruct.attention.base import Flops
+from deconstruct.attention.variants import fixed_source
+from deconstruct.config import ModelConfig
+from deconstruct.layout import STANDARD
+from deconstruct.model.language_model import abstract_model
+from deconstruct.model.stack import Block
+
+# Peak dense bf16 FLOP/s of one device, by what its `device_kind` contains (vendors' data sheets). First match counts.
+PEAK_FLOPS = {
+    "TPU7x": 1153.5e12,  # a chip is two devices
+    "TPU v6": 918e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 197e12,  # "TPU v5 lite", v5e
+    "TPU v4": 275e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """FLOP/s that utilisation is measured against; None where it is not known (CPU)."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
+
+
+def count(state: Any) -> int:
+    """Parameters in a (possibly abstract) module or state."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(state, nnx.Param)))
+
+
+def parameters(config: ModelConfig) -> dict[str, Any]:
+    """Trained parameters: total, embedding (with an untied head), and the mixer of each layer. Padded ids count."""
+    model = abstract_model(config)
+    mixers = [_count_mixer(config, name) for name in config.layers]
+    head = 0 if model.head is None else math.prod(model.head.shape)
+    return {"total": count(model), "embedding": count(model.embed) + head, "mixer_per_layer": mixers}
+
+
+def _abstract_block(config: ModelConfig, name: str | None) -> Block:
+    return nnx.eval_shape(lambda: Block(config, name, nnx.Rngs(params=jax.random.key(0))))
+
+
+def _count_mixer(config: ModelConfig, name: str | None) -> int:
+    mixer = _abstract_block(config, name).mixer
+    return 0 if mixer is None else count(mixer)
+
+
+def standard_mixer_parameters(config: ModelConfig) -> int:
+    """Parameters of one standard attention block of this model."""
+    return _count_mixer(config, STANDARD)
+
+
+def difference_from_standard(config: ModelConfig) -> int:
+    """Parameters more (or fewer) than the same model with standard attention in every layer."""
+    standard = standard_mixer_parameters(config)
+    return sum(_count_mixer(config, name) - standard for name in config.layers)
+
+
+def forward_flops(config: ModelConfig, batch: int, length: int) -> Flops:
+    """Of one forward pass over `batch` sequences of `length` tokens, logits at every position.
+
+    In a model with a fixed stream, its own pass through the blocks (one sequence, whatever the batch) is included,
+    up to the queries and keys of the last layer that reads it.
+    """
+    total = Flops.exactly(2.0 * batch * length * config.hidden_size * config.padded_vocab)
+    readers = [i for i, name in enumerate(config.layers) if fixed_source((name,))]
+    for i, name in enumerate(config.layers):
+        sequences = batch + (1 if readers and i < readers[-1] else 0)
+        total += Flops.exactly(6.0 * sequences * length * config.hidden_size * config.intermediate_size)
+        mixer = _abstract_block(config, name).mixer
+        if mixer is None:
+            continue
+        total += mixer.flops(batch, length)
+        if sequences > batch:
+            total += _fixed_stream_flops(mixer, length)
+    return total
+
+
+def _fixed_stream_flops(mixer: Any, length: int) -> Flops:
+    """What x adds to a mixer: a sequence of its own, without the map where it shares one with the batch."""
+    if isinstance(mixer, Attention) and mixer.source.fixed:
+        two, one = mixer.flops(2, length), mixer.flops(1, length)
+        return Flops(two.dense - one.dense, two.needed - one.needed)
+    return mixer.flops(1, length)
+
+
+def train_flops(config: ModelConfig, batch: int, length: int) -> Flops:
+    """Of one update: the backward pass takes two matmuls for each of the forward's."""
+    forward = forward_flops(config, batch, length)
+    return Flops(3 * forward.dense, 3 * forward.needed)
+
+
+def cache_bytes(config: ModelConfig, batch: int, length: int) -> int:
+    """Bytes that decoding keeps for `length` positions, from the shapes of each form's own cache."""
+    total = 0
+    for name in config.layers:
+        mixer = _abstract_block(config, name).mixer
+        if isinstance(mixer, Attention):
+            shape, dtype = mixer.shape(batch, length), jnp.dtype(config.dtype)
+            cache = jax.eval_shape(functools.partial(mixer.form.init_cache, shape, dtype))
+            # The position, a scalar, is not counted.
+            total += sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.shape)
+    return total

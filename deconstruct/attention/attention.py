@@ -1,0 +1,84 @@
+"""Attention = source x form: projections around a form, with queries and keys read where the source says.
+
+Q, K = source W_Q, source W_K;  V = H W_V;  O = (weights(Q, K) V) W_O. Every pair has the same parameters. Biases on q,
+k and v in Qwen2 blocks, RMSNorm over head_dim on q and k (before RoPE) in Qwen3 blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from flax import nnx
+
+from deconstruct.attention.base import Context, Flops, Form, Mixer, Shape
+from deconstruct.attention.source import Source
+from deconstruct.config import ModelConfig
+from deconstruct.distributed.sharding import constrain
+from deconstruct.layers import Linear, RMSNorm, apply_rope
+from deconstruct.types import Streams
+
+HEADS = ("batch", "length", "act_heads", None)
+
+
+class Attention(Mixer):
+    def __init__(self, config: ModelConfig, source: type[Source], form: type[Form], rngs: nnx.Rngs):
+        d, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.kv_heads, config.head_dim
+        linear = functools.partial(Linear, std=config.init_std, dtype=config.dtype, rngs=rngs)
+        bias = config.block == "qwen2"
+        self.q_proj = linear((d,), (heads, head_dim), ("embed", "heads", None), bias=bias)
+        self.k_proj = linear((d,), (kv_heads, head_dim), ("embed", "kv_heads", None), bias=bias)
+        self.v_proj = linear((d,), (kv_heads, head_dim), ("embed", "kv_heads", None), bias=bias)
+        self.o_proj = linear((heads, head_dim), (d,), ("heads", None, "embed"))
+        normed = config.block == "qwen3"
+        self.q_norm = RMSNorm(head_dim, config.norm_epsilon) if normed else None
+        self.k_norm = RMSNorm(head_dim, config.norm_epsilon) if normed else None
+        self.source = source
+        self.form = form(impl=config.impl)
+        self.fixed_source = source.name if source.fixed else None
+        self.reads_static = source.static
+        self.sizes = (d, heads, kv_heads, head_dim)
+
+    def queries(self, x: jax.Array, context: Context) -> jax.Array:
+        """[B, L, d] -> [B, L, heads, head_dim], normed and rotated as the block and the form have it."""
+        return self._position(self.q_proj(x), self.q_norm, context)
+
+    def keys(self, x: jax.Array, context: Context) -> jax.Array:
+        return self._position(self.k_proj(x), self.k_norm, context)
+
+    def _position(self, x: jax.Array, norm: RMSNorm | None, context: Context) -> jax.Array:
+        if norm is not None:
+            x = norm(x)
+        if self.form.uses_rope:
+            x = apply_rope(x, context.cos, context.sin)
+        return constrain(x, HEADS)
+
+    def _queries_and_keys(self, streams: Streams, static: Streams, context: Context) -> tuple[Streams, Streams]:
+        inputs = self.source.read(streams, static)
+        q = inputs.map(lambda x: self.queries(x, context))
+        k = inputs.map(lambda x: self.keys(x, context))
+        if self.source.fixed and streams.h is not None:
+            q, k = Streams(q.x, q.x), Streams(k.x, k.x)
+        return q, k
+
+    def __call__(self, streams: Streams, static: Streams, context: Context) -> Streams:
+        q, k = self._queries_and_keys(streams, static, context)
+        v = streams.map(lambda x: constrain(self.v_proj(x), HEADS))
+        mixed = q.map(self.form.mix, k, v)
+        return mixed.map(lambda x: self.o_proj(constrain(x, HEADS)))
+
+    def maps(self, streams: Streams, static: Streams, context: Context) -> jax.Array:
+        q, k = self._queries_and_keys(streams, static, context)
+        return self.form.weights(q.h, k.h)
+
+    def shape(self, batch: int, length: int) -> Shape:
+        """The sizes of this layer's queries, keys and values."""
+        _, heads, kv_heads, head_dim = self.sizes
+        return Shape(batch, 1 if self.source.fixed else batch, length, heads, kv_heads, head_dim)
+
+    def flops(self, batch: int, length: int) -> Flops:
+        d, heads, kv_heads, head_dim = self.sizes
+        shape = self.shape(batch, length)
+        per_token = {"qk": 2.0 * d * (heads + kv_heads) * head_dim, "vo": 2.0 * d * (kv_heads + heads) * head_dim}
+        projections = length * (shape.qk_batch * per_token["qk"] + batch * per_token["vo"])
+        return Flops.exactly(projections) + self.form.flops(shape)

@@ -1,0 +1,176 @@
+"""The two contracts of the attention floor, form and mixer, and their registries.
+
+A *form* says how queries and keys become weights: subclass `Form`, define `weights`, register it, and it trains,
+shards, decodes, is drawn and is counted. A *mixer* is what stands in a block where attention stands:
+`attention.Attention` is the one that joins a source and a form; `gated_mlp.GatedMLP` mixes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deconstruct.config import ModelConfig
+from deconstruct.kernels import reference
+from deconstruct.types import Streams, UserError
+
+
+class Context(NamedTuple):
+    """What every layer reads and none changes; it travels beside the scan over layers, not in its carry."""
+
+    cos: jax.Array  # [L, head_dim/2], float32
+    sin: jax.Array
+    static: Streams  # the token embeddings of each stream, constant over depth; Streams(None) where no layer reads them
+
+
+class Flops(NamedTuple):
+    """Floating-point operations, a multiply-add counted as two.
+
+    `dense` is what the definition costs (every cell of the L x L map, as the paper's tables count it); `needed` is what
+    the fast path must do: causal cells only, or a recurrence. Model FLOPs utilisation is measured against `needed`.
+    """
+
+    dense: float
+    needed: float
+
+    def __add__(self, other: Flops) -> Flops:  # type: ignore[override]
+        return Flops(self.dense + other.dense, self.needed + other.needed)
+
+    @classmethod
+    def exactly(cls, count: float) -> Flops:
+        return cls(count, count)
+
+
+class Shape(NamedTuple):
+    """The sizes that costs and caches follow from. `qk_batch` is 1 where queries and keys come from a fixed source."""
+
+    batch: int
+    qk_batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How queries and keys become weights. Only `weights` must be defined.
+
+    Shapes: q [Bq, L, heads, head_dim]; k [Bq, L, kv_heads, head_dim]; v [B, L, kv_heads, head_dim]. Bq is B, or 1 where
+    one map serves the whole batch. Grouped queries: head h reads the keys and values of h // (heads // kv_heads).
+    """
+
+    impl: str = "auto"
+
+    name: ClassVar[str]
+    relaxes: ClassVar[tuple[str, ...]] = ()
+    uses_rope: ClassVar[bool] = True
+
+    def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        """The definition: float32 [Bq, heads, L, L], causal, rows summing to one.
+
+        Row i may depend on q_i and on keys up to i. A form whose rows depend on earlier queries too overrides `extend`.
+        """
+        raise NotImplementedError
+
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """weights(q, k) @ v, [B, L, heads, head_dim] in v's dtype, by the fastest path there is."""
+        return reference.apply_weights(self.weights(q, k), v)
+
+    def init_cache(self, shape: Shape, dtype: Any) -> Any:
+        """An empty cache for up to `shape.length` positions: a pytree of arrays (default: keys and values)."""
+        keys = (shape.qk_batch, shape.length, shape.kv_heads, shape.head_dim)
+        values = (shape.batch, shape.length, shape.kv_heads, shape.head_dim)
+        return {"k": jnp.zeros(keys, dtype), "v": jnp.zeros(values, dtype), "length": jnp.zeros((), jnp.int32)}
+
+    def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """Mixes C more positions after those in the cache: a prompt (C = L) or one token (C = 1).
+
+        The default is right for every form that keeps to `weights`' contract, and forms the whole map to read C rows
+        of it.
+        """
+        cache = append(cache, k, v)
+        start = cache["length"] - q.shape[1]
+        queries = jnp.zeros((q.shape[0], cache["k"].shape[1], *q.shape[2:]), q.dtype)
+        queries = jax.lax.dynamic_update_slice_in_dim(queries, q, start, axis=1)
+        weights = jax.lax.dynamic_slice_in_dim(self.weights(queries, cache["k"]), start, q.shape[1], axis=2)
+        return reference.apply_weights(weights, cache["v"]), cache
+
+    def flops(self, shape: Shape) -> Flops:
+        """Of weights and mixing over a whole sequence; projections are counted by the mixer."""
+        dense = 2.0 * shape.length**2 * shape.heads * shape.head_dim * (shape.qk_batch + shape.batch)
+        return Flops(dense, dense)
+
+    def decode_flops(self, shape: Shape) -> Flops:
+        """Of one more token after `shape.length` positions."""
+        return Flops.exactly(2.0 * shape.length * shape.heads * shape.head_dim * (shape.qk_batch + shape.batch))
+
+
+def append(cache: dict[str, jax.Array], k: jax.Array, v: jax.Array) -> dict[str, jax.Array]:
+    """A key-value cache with C more positions behind its `length`."""
+    update = jax.lax.dynamic_update_slice_in_dim
+    return {
+        "k": update(cache["k"], k.astype(cache["k"].dtype), cache["length"], axis=1),
+        "v": update(cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1),
+        "length": cache["length"] + k.shape[1],
+    }
+
+
+class Mixer(nnx.Module):
+    """What stands in a block between its input norm and the residual sum.
+
+    A subclass takes (config, rngs), both by position, and defines `__call__`. Every array it owns is an nnx.Param
+    with the names of its axes.
+    """
+
+    name: ClassVar[str]
+    relaxes: ClassVar[tuple[str, ...]] = ()
+    fixed_source: str | None = None  # the fixed stream it reads, by the name of its source
+    reads_static: bool = False  # whether it reads the token embeddings
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        raise NotImplementedError
+
+    def __call__(self, streams: Streams, static: Streams, context: Context) -> Streams:
+        """Normed streams (and normed token embeddings) in; what is added to each residual stream out."""
+        raise NotImplementedError
+
+    def maps(self, streams: Streams, static: Streams, context: Context) -> jax.Array | None:
+        """The attention map of h, float32 [B or 1, heads, L, L]; None where nothing is mixed."""
+        return None
+
+    def flops(self, batch: int, length: int) -> Flops:
+        """Of the whole mixer, projections included, over `batch` sequences (and the fixed stream, if it reads one)."""
+        raise NotImplementedError
+
+
+FORMS: dict[str, type[Form]] = {}
+MIXERS: dict[str, type[Mixer]] = {}
+
+F = TypeVar("F", bound=type)
+
+
+def register_form(cls: F) -> F:
+    """Class decorator: makes the form available under its `name`. A name twice is an error."""
+    return _register(FORMS, Form, cls)
+
+
+def register_mixer(cls: F) -> F:
+    """Class decorator: makes the mixer available under its `name`. A name twice is an error."""
+    return _register(MIXERS, Mixer, cls)
+
+
+def _register(registry: dict[str, Any], base: type, cls: F) -> F:
+    name = getattr(cls, "name", None)
+    if not (isinstance(cls, type) and issubclass(cls, base)) or not isinstance(name, str):
+        raise UserError(f"{cls!r}: expected a subclass of {base.__name__} with a `name`")
+    if name in registry:
+        raise UserError(f"{base.__name__.lower()} {name!r} is registered already, by {registry[name].__module__}")
+    if "/" in name or "," in name:
+        raise UserError(f"{base.__name__.lower()} {name!r}: a name must not contain / or ,")
+    registry[name] = cls
+    return cls

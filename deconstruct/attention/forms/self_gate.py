@@ -1,0 +1,45 @@
+"""self_gate: s_j = silu(q_j) . k_j / sqrt(dh);  A_ij = exp(s_j) / sum_{m<=i} exp(s_m).
+
+Relaxes the mathematical form altogether: no pairwise similarity, one scalar per key position, so that the output is a
+softmax-weighted running mean of the values (arXiv:2510.11602, "non-approximate"). RoPE would rotate q_j and k_j by the
+same angle and cancel, so it is not applied. Time B L d; the state is a running maximum, a sum and a weighted sum of
+values per head. Trained in every layer its logits pass 1e3, so the maximum runs: a global one would underflow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from deconstruct.attention.base import Flops, Form, Shape, register_form
+from deconstruct.kernels import dispatch, reference
+from deconstruct.kernels.self_gate import init_self_gate_state, self_gate_attention
+
+
+@register_form
+class SelfGate(Form):
+    name = "self_gate"
+    relaxes = ("mathematical form",)
+    uses_rope = False
+
+    def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        return reference.self_gate_weights(q, k)
+
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return dispatch.resolve(self.name, self.impl, dtype=q.dtype, head_dim=q.shape[-1])(q, k, v)
+
+    def init_cache(self, shape: Shape, dtype: Any) -> Any:
+        return init_self_gate_state(shape.qk_batch, shape.batch, shape.heads, shape.head_dim)
+
+    def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return self_gate_attention(q, k, v, cache)
+
+    def flops(self, shape: Shape) -> Flops:
+        gates = 2.0 * shape.length * shape.heads * shape.head_dim * shape.qk_batch
+        mixing = 2.0 * shape.length**2 * shape.heads * shape.head_dim * shape.batch
+        return Flops(gates + mixing, shape.length * self.decode_flops(shape).needed)
+
+    def decode_flops(self, shape: Shape) -> Flops:
+        # The gate, and one scale, multiply and add of the running sum per value channel.
+        return Flops.exactly(shape.heads * shape.head_dim * (2.0 * shape.qk_batch + 3.0 * shape.batch))

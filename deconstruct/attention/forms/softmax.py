@@ -1,0 +1,34 @@
+"""softmax: A_ij = exp(q_i . k_j / sqrt(dh)) / sum_{m<=i} exp(q_i . k_m / sqrt(dh)).
+
+Relaxes nothing: the standard form (Vaswani et al. 2017). Time B L^2 d; cache 2 B L d numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from deconstruct.attention.base import Flops, Form, Shape, append, register_form
+from deconstruct.kernels import dispatch, reference
+from deconstruct.kernels.softmax import softmax_extend
+
+
+@register_form
+class Softmax(Form):
+    name = "softmax"
+
+    def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        return reference.softmax_weights(q, k)
+
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return dispatch.resolve(self.name, self.impl, dtype=q.dtype, head_dim=q.shape[-1])(q, k, v)
+
+    def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        start = cache["length"]
+        cache = append(cache, k, v)
+        return softmax_extend(q, cache["k"], cache["v"], start), cache
+
+    def flops(self, shape: Shape) -> Flops:
+        dense = super().flops(shape).dense
+        return Flops(dense, dense / 2)  # the causal half

@@ -1,0 +1,45 @@
+"""taylor: A_ij = T(x_ij) / sum_{m<=i} T(x_im), x_ij = q_i . k_j / sqrt(dh), T(x) = 1 + x + x^2/2.
+
+Relaxes the mathematical form: exp to second order, jointly normalised; T >= 1/2, so the sum is never zero. Linear in
+L through phi(x) = [1, x, vec(x x^T)/sqrt 2] (Based, Arora et al. 2024): a state of about dh^2 numbers per value
+channel and head. Short sequences are mixed by the quadratic form, which is then the cheaper one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from deconstruct.attention.base import Flops, Form, Shape, register_form
+from deconstruct.kernels import dispatch, reference
+from deconstruct.kernels.taylor import init_taylor_state, taylor_chunked
+
+
+@register_form
+class Taylor(Form):
+    name = "taylor"
+    relaxes = ("mathematical form",)
+
+    def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        return reference.taylor_weights(q, k)
+
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return dispatch.resolve(self.name, self.impl, dtype=q.dtype, head_dim=q.shape[-1])(q, k, v)
+
+    def init_cache(self, shape: Shape, dtype: Any) -> Any:
+        return init_taylor_state(shape.qk_batch, shape.batch, shape.kv_heads, shape.head_dim, shape.head_dim)
+
+    def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return taylor_chunked(q, k, v, cache)
+
+    def flops(self, shape: Shape) -> Flops:
+        dense = super().flops(shape).dense
+        return Flops(dense, min(dense / 2, shape.length * self.decode_flops(shape).needed))
+
+    def decode_flops(self, shape: Shape) -> Flops:
+        # phi(q) against the state, per query head; phi(k) v^T into it, per key-value head; once more for the
+        # normaliser.
+        features = 1 + shape.head_dim + shape.head_dim**2
+        columns = shape.batch * shape.head_dim + shape.qk_batch
+        return Flops.exactly(2.0 * features * columns * (shape.heads + shape.kv_heads))

@@ -1,0 +1,316 @@
+"""Checkpoints in a folder: written in the background while training goes on, read back whole, in part, anywhere.
+
+One folder per step, `FOLDER/STEP`, appears at once when everything in it is on disk:
+
+    STEP/model/           an Orbax tree: parameters and frozen arrays
+    STEP/train/           an Orbax tree: optimizer state, step, rng
+    STEP/meta/data.json   what the arrays are: configuration, layout, tokenizer hash, data fingerprint, ...
+
+Arrays are addressed by names alone (`layers/3/mixer/query`): containers become nested dicts on disk, so empty
+ones leave no trace, and a reader may ask for some of the names. Shardings are always the reader's, never the
+saved ones. `train` is read only when it is asked for.
+
+The saves are Orbax's free functions rather than its `Checkpointer`, because that one (0.12) asks the preemption
+service about old steps from a background thread, which can hide a sync point from the training loop, and deletes
+retired checkpoints file by file in place, so that a crash leaves a half-deleted one that looks finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from deconstruct.types import UserError
+
+_MODEL, _TRAIN, _META = "model", "train", "meta"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder it has not finished
+_STEPS = ocp.path.step.standard_name_format()
+_log = logging.getLogger(__name__)
+
+Names = tuple[str, ...]
+Result = TypeVar("Result")
+
+
+class CheckpointGoneError(UserError):
+    """The step is not in the folder: never saved, not finished, or deleted (also: while it was being read)."""
+
+
+class CheckpointSaveError(RuntimeError):
+    """A checkpoint could not be written. The message names the step and the folder; `__cause__` says why."""
+
+
+class Checkpoints:
+    """The writer of one folder of checkpoints, which is this class's own: all processes construct it alike.
+
+    Keeps the latest `keep` checkpoints and, if `keep_period` is given, every step it divides. A step is due when
+    `every` divides it. What an earlier writer left unfinished is removed on construction. A save that takes
+    longer than `timeout` seconds has failed. Only one writer may work on a folder at a time.
+
+    Use `with`, or close it, also when training fails: once the main thread has ended, Python starts no more threads,
+    Orbax can neither finish a save nor give it up, and the process hangs until `timeout`.
+    """
+
+    def __init__(self, folder: Any, every: int, keep: int, keep_period: int | None = None, *, timeout: int = 1200):
+        for name, value in (("every", every), ("keep", keep), ("keep_period", keep_period), ("timeout", timeout)):
+            if value is not None and value < 1:
+                raise UserError(f"checkpoints: {name} is {value}, and must be at least 1")
+        self._folder = _resolve(folder)
+        self._every, self._keep, self._keep_period = every, keep, keep_period
+        # By name: left to Orbax, a dict that holds nothing but strings and numbers would be taken for an array tree.
+        handlers = ocp.handlers.local_registry().add(ocp.handlers.JsonHandler, checkpointable_name=_META)
+        self._context = ocp.Context()
+        self._context.checkpointables.registry = handlers
+        self._context.asynchronous.timeout_secs = timeout
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            _remove_unfinished(self._folder)
+        # Kept here and not read again, so that every process decides alike whatever its file system shows it when.
+        self._steps = set(finished_steps(self._folder))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[list[int]]] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def due(self, step: int) -> bool:
+        """Whether `step` (completed optimizer updates) is one to save at."""
+        return step > 0 and step % self._every == 0
+
+    def save(self, step: int, model: Any, train: Any, meta: dict[str, Any]) -> bool:
+        """Starts to save `step` and returns once the arrays are copied to the host: they may then be donated.
+
+        `model` and `train` are pytrees of arrays or numbers, each with at least one; `meta` is JSON. A save under way
+        is waited for first, so that at most one copy is held in memory. Returns False, and does nothing, when
+        `step` is already saved. All processes must call it, at the same step.
+
+        Raises CheckpointSaveError for an earlier save that failed in the background, or for this one.
+        """
+        self.wait()
+        if step in self._steps:
+            return False
+        items = {_MODEL: _nest(_named(model)), _TRAIN: _nest(_named(train)), _META: json.loads(json.dumps(meta))}
+        empty = [name for name in (_MODEL, _TRAIN) if not items[name]]
+        if empty:
+            raise ValueError(f"checkpoint {step}: there are no arrays in '{empty[0]}'")
+        try:
+            with self._context:
+                # The step is not finished, so what may stand in its place is a ruin.
+                saving = ocp.save_checkpointables_async(self._folder / str(step), items, overwrite=True)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._pending = step, self._thread.submit(self._finish, saving, self._retired_by(step))
+        return True
+
+    def check_errors(self) -> None:
+        """Raises CheckpointSaveError if the latest save failed in the background. Cheap: call it every step."""
+        if self._pending is None or not self._pending[1].done():
+            return
+        (step, future), self._pending = self._pending, None
+        error = future.exception()
+        if error is not None:
+            raise self._failure(step, error) from error
+        self._steps.add(step)
+        self._steps.difference_update(future.result())
+
+    def wait(self) -> None:
+        """Waits until nothing is being saved, then does as `check_errors`."""
+        if self._pending is not None:
+            self._pending[1].exception()
+        self.check_errors()
+
+    def close(self) -> None:
+        """Waits as `wait` does and ends the background thread. May be called twice."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _finish(self, saving: Any, retired: list[int]) -> list[int]:
+        saving.result()
+        # Only now: the old checkpoints are what a crash would fall back on.
+        if jax.process_index() == 0:
+            for step in retired:
+                _remove(self._folder, step)
+        return retired
+
+    def _retired_by(self, step: int) -> list[int]:
+        steps = sorted(self._steps | {step})
+        return [s for s in steps[: -self._keep] if self._keep_period is None or s % self._keep_period]
+
+    def _failure(self, step: int, error: BaseException) -> CheckpointSaveError:
+        return CheckpointSaveError(f"checkpoint {step} could not be saved in {self._folder}: {_line(error)}")
+
+
+def finished_steps(folder: Any) -> list[int]:
+    """The steps saved in `folder`, ascending: those that are complete; none if there is no such folder."""
+    folder = _resolve(folder)
+    if not folder.is_dir():
+        return []
+    steps = (found.step for found in _STEPS.find_all(folder))
+    return sorted(step for step in steps if _meta_file(folder, step).exists())
+
+
+def latest_step(folder: Any) -> int | None:
+    """The highest finished step in `folder`, or None."""
+    return max(finished_steps(folder), default=None)
+
+
+def read_meta(folder: Any, step: int) -> dict[str, Any]:
+    """The `meta` saved with `step`. Raises CheckpointGoneError, or UserError if it is damaged."""
+    folder = _require(folder, step)
+    return _reading(folder, step, lambda: json.loads(_meta_file(folder, step).read_text()))
+
+
+def load_model(folder: Any, step: int, abstract: Any, *, partial: bool = False) -> Any:
+    """The "model" arrays of `step`, in the structure and with the shardings of `abstract`.
+
+    `abstract` is a pytree of jax.ShapeDtypeStruct, each with a sharding (on any devices). It must name every saved
+    array, unless `partial`: then only what it names is read. All processes that share the arrays must call it.
+
+    Raises CheckpointGoneError if the step is not there (any more), and UserError, naming the array, if names, shapes or
+    dtypes differ, or naming the folder if the checkpoint is damaged.
+    """
+    return _load(folder, step, _MODEL, abstract, partial)
+
+
+def load_train(folder: Any, step: int, abstract: Any) -> Any:
+    """The "train" arrays of `step`; as `load_model`, and always whole."""
+    return _load(folder, step, _TRAIN, abstract, partial=False)
+
+
+def _load(folder: Any, step: int, item: str, abstract: Any, partial: bool) -> Any:
+    folder = _require(folder, step)
+    path = folder / str(step)
+    wanted = _named(abstract)
+    for names, leaf in wanted.items():
+        if getattr(leaf, "sharding", None) is None:
+            raise TypeError(f"{'/'.join(names)}: a sharding is needed to load it, and {leaf} has none")
+    saved = _reading(folder, step, lambda: _named(ocp.metadata(path, item).metadata))
+    if not saved:  # Orbax takes the description of the arrays for empty when it cannot be read; none is saved empty
+        raise _damaged(folder, step, f"the description of '{item}' cannot be read")
+    _compare(f"{path}: '{item}'", wanted, saved, partial)
+    if not wanted:
+        return abstract
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        nested = _reading(folder, step, lambda: ocp.load(path, _nest(wanted), checkpointable_name=item))
+    loaded = _named(nested)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[names] for names in wanted])
+
+
+def _compare(where: str, wanted: dict[Names, Any], saved: dict[Names, Any], partial: bool) -> None:
+    """Raises UserError for the first name on which what is wanted and what is saved differ."""
+    for names, leaf in wanted.items():
+        if names not in saved:
+            raise UserError(f"{where} has no {'/'.join(names)}; {_kind(leaf)} was expected")
+        if _kind(leaf) != _kind(saved[names]):
+            raise UserError(f"{where} has {'/'.join(names)} as {_kind(saved[names])}; {_kind(leaf)} was expected")
+    if not partial:
+        for names, leaf in saved.items():
+            if names not in wanted:
+                raise UserError(f"{where} has {'/'.join(names)}, {_kind(leaf)}, which was not expected")
+
+
+def _kind(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _reading(folder: epath.Path, step: int, read: Callable[[], Result]) -> Result:
+    """`read()`, with what goes wrong told as it is: the step was deleted meanwhile, or it is damaged."""
+    try:
+        return read()
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # not the checkpoint's fault
+    except Exception as error:
+        raise _damaged(folder, step, _line(error)) from error
+
+
+def _damaged(folder: epath.Path, step: int, why: str) -> UserError:
+    _require(folder, step)  # if it was deleted meanwhile, that is why
+    return UserError(f"{folder / str(step)} is damaged: {why}")
+
+
+def _require(folder: Any, step: int) -> epath.Path:
+    folder = _resolve(folder)
+    steps = finished_steps(folder)
+    if step not in steps:
+        there = f"finished steps: {', '.join(map(str, steps))}" if steps else "it holds no finished checkpoint"
+        raise CheckpointGoneError(f"no checkpoint of step {step} in {folder}; {there}")
+    return folder
+
+
+def _named(tree: Any) -> dict[Names, Any]:
+    """The leaves of a pytree by the names on the way to them, in the order of jax.tree.leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {tuple(jax.tree_util.keystr((key,), simple=True) for key in path) or ("value",): x for path, x in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("a tree with two leaves of one name cannot be saved or loaded")
+    return named
+
+
+def _nest(named: dict[Names, Any]) -> dict[str, Any]:
+    """Nested dicts of the leaves; a number becomes an array, the only kind of leaf there is on disk."""
+    tree: dict[str, Any] = {}
+    for names, leaf in named.items():
+        branch = tree
+        for name in names[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[names[-1]] = np.asarray(leaf, jnp.result_type(leaf)) if np.isscalar(leaf) else leaf
+    return tree
+
+
+def _remove_unfinished(folder: epath.Path) -> None:
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d+" + re.escape(_UNFINISHED) + ".*", path.name):
+            _delete(path)
+
+
+def _remove(folder: epath.Path, step: int) -> None:
+    """Deletes a checkpoint so that at no moment, not even after a crash, a part of it looks finished."""
+    path = folder / str(step)
+    try:
+        if "://" in str(folder):
+            _meta_file(folder, step).unlink()  # a bucket has no atomic rename; without this file it is not finished
+        else:
+            path = path.rename(folder / f"{step}{_UNFINISHED}-retired")
+    except FileNotFoundError:
+        return  # somebody was faster
+    except OSError as error:
+        _log.warning("the retired checkpoint %s could not be deleted: %s", path, error)
+        return
+    _delete(path)
+
+
+def _delete(path: epath.Path) -> None:
+    # A file that a reader holds open cannot be deleted on some file systems; that is no reason to end training.
+    try:
+        path.rmtree()
+    except OSError as error:
+        _log.warning("%s could not be deleted: %s", path, error)
+
+
+def _meta_file(folder: epath.Path, step: int) -> epath.Path:
+    return folder / str(step) / _META / "data.json"
+
+
+def _resolve(folder: Any) -> epath.Path:
+    return epath.Path(folder).resolve()  # Orbax wants absolute paths
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

@@ -1,0 +1,57 @@
+"""The program `deconstruct`: one verb per job. A verb's module is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+
+from deconstruct.types import UserError
+
+# Verb -> (module with add_arguments(parser) and run(arguments) -> exit status, what it does).
+VERBS = {
+    "prepare": ("deconstruct.data.prepare", "turn text into a tokenizer and packed training rows"),
+    "train": ("deconstruct.train.loop", "train, or resume, a model from a config file"),
+    "evaluate": ("deconstruct.evaluate.follower", "measure perplexity of a run's checkpoints"),
+    "describe": ("deconstruct.describe", "show a config's layers, parameters, FLOPs and cache, without training"),
+}
+USER_ERROR, FAILURE = 2, 1
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs one verb. Exit status: 0 done, 2 the user's mistake (one line), 1 a failure, 75 stopped and saved."""
+    words = sys.argv[1:] if words is None else words
+    overrides = [word for word in words if word.startswith("--config.")]
+    rest = [word for word in words if not word.startswith("--config.")]
+    parser = argparse.ArgumentParser(
+        prog="deconstruct", description="Language models with attention taken apart.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verb = next((word for word in rest if not word.startswith("-")), None)
+    for name, (module, what) in VERBS.items():
+        own = verbs.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
+        if name == verb:
+            importlib.import_module(module).add_arguments(own)
+    arguments = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for noisy in ("absl", "jax", "orbax", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        if overrides and verb not in ("train", "describe"):
+            raise UserError(f"{overrides[0]}: {verb} takes no --config.key=value")
+        return importlib.import_module(VERBS[arguments.verb][0]).run(arguments)
+    except UserError as error:
+        print(f"deconstruct {arguments.verb}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except FloatingPointError as error:
+        print(f"deconstruct {arguments.verb}: {error}", file=sys.stderr)
+        return FAILURE
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""The configuration: every key with its type, default and meaning, and the checks that precede a run.
+
+A config file is Python with `get_config(argument: str | None) -> ml_collections.ConfigDict`. It starts from
+`default_config()` and changes what it wants; `--config.key=value` on the command line changes it again. `resolve`
+then checks the whole against the dataclasses below and returns them frozen: what the rest of the house reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from deconstruct import layout as layouts
+from deconstruct.types import UserError
+
+PYTHIA_VOCABULARY = 50_277
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1: all that remain."""
+
+    data: int = 1  # parameters replicated
+    fsdp: int = -1  # parameters sharded, gathered when used
+    tensor: int = 1  # heads, MLP width and vocabulary sharded
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model; a resolved one is all that `build_model` needs."""
+
+    block: str = "qwen2"  # qwen2: bias on q, k, v; qwen3: RMSNorm on q and k instead
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    num_kv_heads: int = 0  # 0: as many as heads (MHA)
+    vocab_size: int = 0  # 0: the tokenizer's of `data`; Pythia's 50,277 where nothing is prepared
+    tie_embeddings: bool = True
+    rope_theta: float = 1e6
+    norm_epsilon: float = 1e-6
+    init_std: float = 0.02  # of every matrix and embedding
+    fixed_std: float = 0.02  # of the fixed random stream (fixed_random)
+    fixed_length: int = 0  # length of the fixed stream, the longest context it serves; 0: sequence_length
+    fixed_text: str = ""  # a text file for fixed_text; "": the first tokens of the training rows
+    dtype: str = "bfloat16"  # of activations and matmul inputs; parameters, norms, softmax and loss are float32
+    impl: str = "auto"  # of attention: auto | reference | xla | cudnn
+    scan: bool = True  # fold repeating layers into lax.scan; off: every layer is compiled by itself
+    remat: bool = True  # recompute each layer in the backward pass instead of keeping its activations
+    # Derived from variant, layout and sequence_length; not keys of a config file.
+    layers: tuple[str | None, ...] = dataclasses.field(default=(), metadata={"derived": True})
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def padded_vocab(self) -> int:
+        """The vocabulary rounded up to a multiple of 128; the ids past `vocab_size` are masked."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def plan(self) -> layouts.Plan:
+        return layouts.plan(self.layers) if self.scan else layouts.unrolled(self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and half-cosine decay to zero."""
+
+    warmup_steps: int = 2000
+    schedule_steps: int = 0  # the step at which the cosine reaches zero; 0: steps
+    beta1: float = 0.9
+    beta2: float = 0.9999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1  # not on norms and biases
+    clip_norm: float = 1.0  # of the global gradient; 0: no clipping
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    keep: int = 3  # latest checkpoints kept
+    keep_period: int = 0  # also keep every step that this divides; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run. `load_config` makes one from a config file."""
+
+    variant: str = "standard"  # a name of the paper, or source/form such as static_embedding/taylor
+    layout: str = "uniform"  # uniform, even, odd, top, middle, bottom, quarter, first, last, bilateral, or a list
+    data: str = "prepared"  # a folder made by `deconstruct prepare`
+    steps: int = 28_610  # optimizer updates
+    batch_size: int = 256  # sequences per update, over all devices
+    sequence_length: int = 2048  # tokens
+    seed: int = 0  # of the initial parameters and of the order of the data
+    learning_rate: float = 4e-4  # peak
+    checkpoint_every: int = 1000  # steps; the last step is always saved
+    log_every: int = 10  # steps
+    accumulation: int = 1  # microbatches per update; divides batch_size
+    mesh: MeshConfig = MeshConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """The inverse of `to_dict`, also after a trip through JSON. Raises UserError on an unknown key."""
+        return _from_dict(cls, values)
+
+    def replace(self, **changes: Any) -> Config:
+        return dataclasses.replace(self, **changes)
+
+
+def default_config() -> ConfigDict:
+    """Every key at its default, for a config file to change."""
+    return ConfigDict(_settable(Config()))
+
+
+def load_config(spec: str, *, arguments: Sequence[str] = (), **overrides: Any) -> Config:
+    """Reads `FILE.py[:argument]`, applies overrides, checks and resolves.
+
+    `arguments` are command-line words, `--config.model.dtype=float32`; keyword arguments do the same in a notebook:
+    `load_config(spec, steps=10, **{"model.dtype": "float32"})`. Raises UserError on whatever is wrong.
+    """
+    words = [*arguments, *(f"--config.{key}={value}" for key, value in overrides.items())]
+    path = spec.partition(":")[0]
+    if not epath.Path(path).exists():
+        raise UserError(f"--config={spec}: there is no file {path}")
+    _check_overrides(words)
+    command = ["deconstruct", f"--config={spec}", *words]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    try:
+        values(command)
+        loaded = values.config
+    except UserError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        # ml_collections puts a whole traceback of the config file into its message; the last line says what is wrong.
+        raise UserError(f"--config={spec}: {str(error).strip().splitlines()[-1]}") from error
+    return resolve(loaded)
+
+
+def resolve(config: ConfigDict) -> Config:
+    """Checks a ConfigDict against the schema and fills in what is derived. Raises UserError."""
+    resolved = _from_dict(Config, config.to_dict() if isinstance(config, ConfigDict) else dict(config))
+    model = resolved.model
+    _check_values(resolved)
+    model = dataclasses.replace(
+        model,
+        layers=layouts.layer_variants(resolved.layout, resolved.variant, model.num_layers),
+        fixed_length=model.fixed_length or resolved.sequence_length,
+        vocab_size=model.vocab_size or _tokenizer_vocabulary(resolved.data) or PYTHIA_VOCABULARY,
+    )
+    return resolved.replace(model=model)
+
+
+def _settable(value: Any) -> dict[str, Any]:
+    fields = [f for f in dataclasses.fields(value) if not f.metadata.get("derived")]
+    return {
+        f.name: _settable(getattr(value, f.name)) if dataclasses.is_dataclass(f.default) else getattr(value, f.name)
+        for f in fields
+    }
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> dict[str, type]:
+    """Every key that a config file or the command line may set, with its type."""
+    hints = typing.get_type_hints(cls)
+    keys: dict[str, type] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            keys |= known_keys(type(field.default), f"{prefix}{field.name}.")
+        elif not field.metadata.get("derived"):
+            keys[prefix + field.name] = hints[field.name]
+    return keys
+
+
+def _unknown_key(key: str) -> UserError:
+    known = list(known_keys())
+    # A key is often right but for its group: compare the last part too.
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
+        k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    near = near or difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
+    advice = f"; did you mean {near[0]}?" if near else f"; keys are {', '.join(known)}"
+    return UserError(f"config.{key} is unknown{advice}")
+
+
+def _check_overrides(words: Sequence[str]) -> None:
+    known = known_keys()
+    for word in words:
+        key, equals, text = word.removeprefix("--config.").partition("=")
+        if not word.startswith("--config.") or not equals:
+            raise UserError(f"{word}: expected --config.key=value")
+        if key not in known:
+            raise _unknown_key(key)
+        try:
+            _PARSERS[known[key]](text)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"config.{key}={text}: expected {_describe(known[key])}") from error
+
+
+_PARSERS: dict[type, Any] = {
+    int: int,
+    float: float,
+    str: str,
+    bool: {"true": True, "True": True, "1": True, "false": False, "False": False, "0": False}.__getitem__,
+}
+
+
+def _describe(expected: type) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[expected]
+
+
+def _from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise _unknown_key(prefix + name)
+        default = fields[name].default
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, dict):
+                raise UserError(f"config.{prefix}{name}={value!r}: expected a group of keys")
+            arguments[name] = _from_dict(type(default), value, f"{prefix}{name}.")
+        elif fields[name].metadata.get("derived"):
+            arguments[name] = tuple(value)
+        else:
+            arguments[name] = _typed(prefix + name, value, hints[name])
+    return cls(**arguments)
+
+
+def _typed(key: str, value: Any, expected: type) -> Any:
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"config.{key}={value!r}: expected {_describe(expected)}")
+
+
+def _tokenizer_vocabulary(data: str) -> int:
+    """Pieces of the tokenizer in a prepared folder; 0 where there is none yet."""
+    manifest = epath.Path(data) / "manifest.json"
+    return json.loads(manifest.read_text())["tokenizer"]["vocab_size"] if data and manifest.exists() else 0
+
+
+def _check_values(config: Config) -> None:
+    model, optimizer = config.model, config.optimizer
+
+    def require(holds: bool, key: str, value: Any, what: str) -> None:
+        if not holds:
+            raise UserError(f"config.{key}={value}: {what}")
+
+    for key in ("steps", "batch_size", "sequence_length", "checkpoint_every", "log_every", "accumulation"):
+        require(getattr(config, key) >= 1, key, getattr(config, key), "must be at least 1")
+    for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
+        require(getattr(model, key) >= 1, f"model.{key}", getattr(model, key), "must be at least 1")
+    for key in ("num_kv_heads", "vocab_size", "fixed_length"):
+        require(getattr(model, key) >= 0, f"model.{key}", getattr(model, key), "must not be negative")
+    require(config.seed >= 0, "seed", config.seed, "must not be negative")
+    require(config.learning_rate > 0, "learning_rate", config.learning_rate, "must be positive")
+    require(model.block in ("qwen2", "qwen3"), "model.block", model.block, "expected qwen2 or qwen3")
+    require(model.dtype in ("float32", "bfloat16"), "model.dtype", model.dtype, "expected float32 or bfloat16")
+    require(
+        model.hidden_size % model.num_heads == 0,
+        "model.num_heads",
+        model.num_heads,
+        f"does not divide model.hidden_size={model.hidden_size}; {_divisors(model.hidden_size, model.num_heads)} would",
+    )
+    require(
+        model.head_dim % 2 == 0,
+        "model.num_heads",
+        model.num_heads,
+        f"gives heads of the odd width {model.head_dim}, which RoPE cannot rotate",
+    )
+    require(
+        model.num_heads % model.kv_heads == 0,
+        "model.num_kv_heads",
+        model.num_kv_heads,
+        f"does not divide model.num_heads={model.num_heads}; {_divisors(model.num_heads, model.kv_heads)} would",
+    )
+    require(
+        config.batch_size % config.accumulation == 0,
+        "accumulation",
+        config.accumulation,
+        f"does not divide batch_size={config.batch_size}; {_divisors(config.batch_size, config.accumulation)} would",
+    )
+    require(
+        model.fixed_length == 0 or model.fixed_length >= config.sequence_length,
+        "model.fixed_length",
+        model.fixed_length,
+        f"the fixed stream is shorter than sequence_length={config.sequence_length}; 0 would do",
+    )
+    for axis in dataclasses.fields(config.mesh):
+        size = getattr(config.mesh, axis.name)
+        require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "expected a number of devices, or -1 for the rest")
+    require(
+        list(dataclasses.astuple(config.mesh)).count(-1) <= 1,
+        "mesh",
+        config.mesh,
+        "only one axis can take the rest (-1)",
+    )
+    for key in ("beta1", "beta2"):
+        value = getattr(optimizer, key)
+        require(0 <= value < 1, f"optimizer.{key}", value, "must lie in [0, 1)")
+    for key in ("warmup_steps", "schedule_steps", "weight_decay", "clip_norm"):
+        require(getattr(optimizer, key) >= 0, f"optimizer.{key}", getattr(optimizer, key), "must not be negative")
+    end = optimizer.schedule_steps or config.steps
+    require(
+        optimizer.warmup_steps <= end,
+        "optimizer.warmup_steps",
+        optimizer.warmup_steps,
+        f"the warm-up would not end before the schedule does, at step {end}; a smaller number would do",
+    )
+    require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "must be at least 1")
+
+
+def _divisors(number: int, near: int) -> str:
+    """The divisors of `number` next to `near`, as text."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = [n for n in divisors if n < near][-1:]
+    above = [n for n in divisors if n > near][:1]
+    return " or ".join(str(n) for n in below + above)

@@ -1,0 +1,163 @@
+"""Parts of tokens -> two streams -> rows of fixed length in ArrayRecord shards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deconstruct.data.encode import Part
+from deconstruct.data.manifest import Shard, Split
+from deconstruct.types import UserError
+
+SHARD_BYTES = 128 << 20
+# One row a group: any row is read alone. Uncompressed: tokens shrink little, and reading is twice as fast.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+BLOCK_TOKENS = 1 << 22
+SPLITS = ("train", "validation")
+
+
+@dataclass
+class Totals:
+    """Of one split's documents."""
+
+    documents: int = 0
+    characters: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+
+class Packer:
+    """Says which documents are validation, and writes the shards of both splits.
+
+    A document is validation where its draw is below `fraction` of 2^64; where none is, that with the smallest draw,
+    and where all are, all but that with the largest. So the split depends on the documents alone.
+    """
+
+    def __init__(self, parts: list[Part], fraction: float, row_length: int, vocab_size: int, dtype: str):
+        self._parts, self._row_length, self._vocab_size, self._dtype = parts, row_length, vocab_size, dtype
+        self._bound = _bound(parts, fraction)
+        self.totals = self._count()
+        for name in SPLITS:
+            self._check(name, fraction)
+
+    def write(self, folder: Path) -> tuple[dict[str, Split], dict[str, np.ndarray]]:
+        """Writes the shards into the folder; returns the splits and how often each id is predicted in their rows."""
+        splits, counts = {}, {}
+        for name in SPLITS:
+            total = self.totals[name]
+            rows = (total.tokens - 1) // self._row_length
+            writer = _RowWriter(folder, name, rows, self._row_length, self._vocab_size, self._dtype)
+            for tokens in self._stream(name):
+                writer.add(tokens)
+            shards = writer.finish()
+            splits[name] = Split(total.documents, total.characters, total.bytes, total.tokens, rows, tuple(shards))
+            counts[name] = writer.counts
+        return splits, counts
+
+    def _count(self) -> dict[str, Totals]:
+        totals = {name: Totals() for name in SPLITS}
+        for part in self._parts:
+            table = part.table
+            for name in SPLITS:
+                chosen = table[self._is_in(name, table)]
+                total = totals[name]
+                total.documents += len(chosen)
+                total.characters += int(chosen["characters"].sum())
+                total.bytes += int(chosen["bytes"].sum())
+                total.tokens += int(chosen["tokens"].sum())
+        return totals
+
+    def _check(self, name: str, fraction: float) -> None:
+        tokens, needed = self.totals[name].tokens, self._row_length + 1
+        if tokens < needed:
+            remedy = "more text or a smaller --row-length"
+            if name == "validation" and fraction < 0.5:
+                remedy = "more text, a smaller --row-length or a larger --validation-fraction"
+            raise UserError(
+                f"--row-length={self._row_length}: the {name} split has {tokens} tokens and a row takes {needed}; "
+                f"give {remedy}"
+            )
+
+    def _is_in(self, name: str, table: np.ndarray) -> np.ndarray:
+        is_validation = table["draw"] < self._bound
+        return is_validation if name == "validation" else ~is_validation
+
+    def _stream(self, name: str) -> Iterator[np.ndarray]:
+        """The tokens of the split, in the order of the documents, in runs of neighbours."""
+        for part in self._parts:
+            table = part.table
+            ends = np.concatenate([[0], np.cumsum(table["tokens"])])
+            inside = np.concatenate([[False], self._is_in(name, table), [False]])
+            changes = np.flatnonzero(inside[1:] != inside[:-1])
+            tokens = part.tokens
+            for first, last in changes.reshape(-1, 2):
+                for start in range(int(ends[first]), int(ends[last]), BLOCK_TOKENS):
+                    yield tokens[start : min(start + BLOCK_TOKENS, int(ends[last]))]
+
+
+def unigram_perplexity(train: np.ndarray, validation: np.ndarray) -> float:
+    """exp of the mean of -log((train[i] + 1) / (sum(train) + V)) over the validation tokens i. Counts are [V]."""
+    log_probability = np.log(train + 1.0) - np.log(train.sum() + len(train))
+    return float(np.exp(-(validation * log_probability).sum() / validation.sum()))
+
+
+def _bound(parts: list[Part], fraction: float) -> np.uint64:
+    bound = np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+    least, most = np.uint64(2**64 - 1), np.uint64(0)
+    for part in parts:
+        draws = part.table["draw"]
+        if len(draws):
+            least, most = min(least, draws.min()), max(most, draws.max())
+    if least >= bound:
+        return np.uint64(min(int(least) + 1, 2**64 - 1))
+    return most if most < bound else bound
+
+
+class _RowWriter:
+    """Cuts a stream into rows and rows into shards of equal size. `counts` [V]: how often each id is predicted."""
+
+    def __init__(self, folder: Path, split: str, rows: int, row_length: int, vocab_size: int, dtype: str):
+        self._folder, self._row_length, self._dtype = folder, row_length, np.dtype(dtype)
+        shards = max(1, -(-rows * (row_length + 1) * self._dtype.itemsize // SHARD_BYTES))
+        self._names = [f"{split}-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
+        self._rows_left = [rows * (i + 1) // shards - rows * i // shards for i in range(shards)]
+        self._shard_rows = list(self._rows_left)
+        self.counts = np.zeros(vocab_size, np.int64)
+        self._kept = np.empty(0, self._dtype)
+        self._current = 0
+        self._writer = self._open()
+
+    def add(self, tokens: np.ndarray) -> None:
+        """The next tokens of the stream."""
+        self._kept = np.concatenate([self._kept, tokens])
+        rows = (len(self._kept) - 1) // self._row_length
+        if rows <= 0:
+            return
+        for start in range(0, rows * self._row_length, self._row_length):
+            if not self._rows_left[self._current]:
+                self._writer.close()
+                self._current += 1
+                self._writer = self._open()
+            self._writer.write(self._kept[start : start + self._row_length + 1].tobytes())
+            self._rows_left[self._current] -= 1
+        end = rows * self._row_length
+        self.counts += np.bincount(self._kept[1 : end + 1], minlength=len(self.counts))
+        self._kept = self._kept[end:].copy()
+
+    def finish(self) -> list[Shard]:
+        self._writer.close()
+        shards = []
+        for name, rows in zip(self._names, self._shard_rows, strict=True):
+            path = self._folder / name
+            with open(path, "rb") as file:
+                shards.append(Shard(name, rows, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()))
+        return shards
+
+    def _open(self):  # type: ignore[no-untyped-def]
+        from array_record.python import array_record_module
+
+        return array_record_module.ArrayRecordWriter(str(self._folder / self._names[self._current]), WRITER_OPTIONS)

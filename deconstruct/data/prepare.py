@@ -1,0 +1,314 @@
+"""`deconstruct prepare`: text -> tokenizer, packed rows, manifest. Offline, once, on a CPU.
+
+    deconstruct prepare --output=prepared                                   Python's own sources, no download
+    deconstruct prepare --input=novels/ --output=prepared --vocab-size=8192
+
+What comes out depends on the text and the options alone, not on the number of workers. Killed and run again, it goes
+on from the units it has finished, which stay under OUTPUT/.partial until the manifest is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deconstruct.data import tokenizer as tokenizers
+from deconstruct.data.encode import (
+    EXAMPLES,
+    Crew,
+    Part,
+    PartWriter,
+    encode_unit,
+    part_is_whole,
+    sample_unit,
+    token_dtype,
+)
+from deconstruct.data.manifest import (
+    FILE_NAME,
+    FORMAT,
+    TOKENIZER_FOLDER,
+    Manifest,
+    check_shards,
+    load_manifest,
+    save_manifest,
+)
+from deconstruct.data.pack import Packer, unigram_perplexity
+from deconstruct.data.sample import Sample
+from deconstruct.data.sources import Unit, capped, documents, identity, work_units
+from deconstruct.types import UserError
+
+PARTIAL = ".partial"
+SAMPLE_CHARACTERS = 10_000_000
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """The options of the verb, under their names there; `add_arguments` says what each is."""
+
+    output: str
+    input: tuple[str, ...] = ()
+    key: str = "text"
+    vocab_size: int = 4096
+    tokenizer: str | None = None
+    row_length: int = 2048
+    validation_fraction: float = 0.01
+    max_characters: int | None = None
+    seed: int = 0
+    workers: int = 0
+    max_bad_share: float = 0.001
+
+    def check(self) -> None:
+        """Raises UserError for a value outside its range."""
+        if self.tokenizer is None:
+            tokenizers.check_vocab_size(self.vocab_size)
+        _require(self.row_length >= 1, "row-length", self.row_length, "at least 1")
+        _require(0 < self.validation_fraction < 1, "validation-fraction", self.validation_fraction, "between 0 and 1")
+        _require(0 <= self.max_bad_share <= 1, "max-bad-share", self.max_bad_share, "from 0 to 1")
+        _require(self.workers >= 0, "workers", self.workers, "at least 1 (or 0 for one a core)")
+        _require(
+            self.max_characters is None or self.max_characters >= 1, "max-characters", self.max_characters, "at least 1"
+        )
+        _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
+        if Path(self.output).expanduser().is_file():
+            raise UserError(f"--output={self.output}: is a file; give a folder")
+
+    def that_matter(self) -> dict[str, Any]:
+        """The options that change what comes out."""
+        kept = asdict(self)
+        for name in ("output", "workers", "max_bad_share"):
+            del kept[name]
+        if self.tokenizer is not None:
+            del kept["vocab_size"]
+        return {**kept, "input": list(self.input)}
+
+
+def prepare(options: PrepareOptions) -> dict[str, Any]:
+    """Prepares a folder; returns its manifest as a dict (see `Manifest`).
+
+    A folder already complete with the same options and input is left as it is. Raises UserError for a mistake in the
+    options, an input that cannot be read, more bad lines than allowed, too little text for one row of a split, or a
+    folder complete with other options.
+    """
+    options.check()
+    given = tokenizers.load(options.tokenizer) if options.tokenizer else None
+    units = work_units(options.input, options.key)
+    input_sha256 = identity(units)
+    output = Path(options.output).expanduser()
+    output.mkdir(parents=True, exist_ok=True)
+    with _alone_in(output):
+        if (output / FILE_NAME).exists():
+            manifest = _completed(options, given, input_sha256)
+        else:
+            matter = [FORMAT, options.that_matter(), given.fingerprint if given else None, input_sha256]
+            name = hashlib.sha256(json.dumps(matter).encode()).hexdigest()[:16]
+            manifest = _prepare(options, given, units, input_sha256, output, output / PARTIAL / name)
+            save_manifest(output, manifest)
+    shutil.rmtree(output / PARTIAL, ignore_errors=True)
+    return asdict(manifest)
+
+
+def _prepare(
+    options: PrepareOptions, given: tokenizers.Tokenizer | None, units: list[Unit], input_sha256: str,
+    output: Path, partial: Path,
+) -> Manifest:  # fmt: skip
+    partial.mkdir(parents=True, exist_ok=True)
+    if options.max_characters is not None:
+        units = capped(units, options.max_characters)
+    with Crew(min(options.workers or _cores(), len(units))) as crew:
+        tokenizer = _tokenizer(options, given, units, partial / TOKENIZER_FOLDER, crew)
+        parts, is_one = _parts(options, units, tokenizer, partial, crew)
+    bad_lines = _bad_lines(options, [Part(partial, i, "uint16") for i in range(len(units))])
+    dtype = token_dtype(tokenizer.vocab_size)
+    packer = Packer(parts, options.validation_fraction, options.row_length, tokenizer.vocab_size, dtype)
+    shards = partial / "shards"
+    shards.mkdir(exist_ok=True)
+    splits, counts = packer.write(shards)
+    for left_over in output.glob("*-of-*.array_record"):  # of a run killed just before its manifest
+        left_over.unlink()
+    for split in splits.values():
+        for shard in split.shards:
+            os.replace(shards / shard.name, output / shard.name)
+    tokenizer.save(output / TOKENIZER_FOLDER)
+    return Manifest(
+        row_length=options.row_length,
+        dtype=dtype,
+        tokenizer={
+            "kind": tokenizer.kind,
+            "file": f"{TOKENIZER_FOLDER}/{tokenizer.file_name}",
+            "sha256": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text,
+        },
+        train=splits["train"],
+        validation=splits["validation"],
+        unigram_perplexity=unigram_perplexity(counts["train"], counts["validation"]),
+        bad_lines=bad_lines,
+        options=options.that_matter(),
+        input_sha256=input_sha256,
+        one_document=is_one,
+    )
+
+
+def _tokenizer(
+    options: PrepareOptions, given: tokenizers.Tokenizer | None, units: list[Unit], folder: Path, crew: Crew
+) -> tokenizers.Tokenizer:
+    if folder.is_dir():
+        return tokenizers.load(folder)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    if given is not None:
+        given.save(unfinished)
+    else:
+        sample = Sample(SAMPLE_CHARACTERS, options.seed)
+        crew.map(sample_unit, [(unit, SAMPLE_CHARACTERS, options.seed) for unit in units], "sample", sample.merge)
+        _say(f"training a tokenizer of {options.vocab_size} ids")
+        tokenizers.train_sentencepiece(
+            sample.excerpts(), options.vocab_size, unfinished, SAMPLE_CHARACTERS, options.seed
+        )
+    os.replace(unfinished, folder)
+    return tokenizers.load(folder)
+
+
+def _parts(
+    options: PrepareOptions, units: list[Unit], tokenizer: tokenizers.Tokenizer, partial: Path, crew: Crew
+) -> tuple[list[Part], bool]:
+    """The parts, in the order of the units, and whether they hold one document, split at its end."""
+    left = [i for i in range(len(units)) if not part_is_whole(partial, i)]
+    if len(left) < len(units):
+        _say(f"{len(units) - len(left)} of {len(units)} parts are there from an earlier run")
+    folder = str(partial / TOKENIZER_FOLDER)
+    crew.map(encode_unit, [(units[i], i, str(partial), folder, options.seed) for i in left], "encode")
+    dtype = token_dtype(tokenizer.vocab_size)
+    parts = [Part(partial, i, dtype) for i in range(len(units))]
+    if sum(part.summary["documents"] for part in parts) != 1:
+        return parts, False
+    _say("the input is one document: its end is the validation split")
+    text = next(item for unit in units for item in documents(unit) if isinstance(item, str))
+    cut = max(1, int(len(text) * (1 - options.validation_fraction)))
+    cut = text.find("\n", cut) + 1 or cut
+    with PartWriter(partial, len(units), tokenizer) as writer:
+        writer.add(text[:cut], 2**64 - 1)
+        writer.add(text[cut:], 0)
+    return [Part(partial, len(units), dtype)], True
+
+
+def _bad_lines(options: PrepareOptions, parts: list[Part]) -> dict[str, Any]:
+    bad = sum(part.summary["bad"] for part in parts)
+    every = bad + sum(part.summary["documents"] for part in parts)
+    examples = [example for part in parts for example in part.summary["examples"]][:EXAMPLES]
+    for example in examples:
+        _say(example)
+    if bad:
+        _say(f"{bad} of {every} lines are not documents and are left out")
+    if every == bad:
+        raise UserError(f"--input: no document in it ({bad} bad lines)" + (f"; {examples[0]}" if bad else ""))
+    if bad > options.max_bad_share * every:
+        raise UserError(
+            f"--max-bad-share={options.max_bad_share}: {bad} of {every} lines ({bad / every:.2%}) are bad, the first "
+            f"{examples[0]}; mend them or allow --max-bad-share={bad / every + 5e-5:.4f}"
+        )
+    return {"count": bad, "examples": examples}
+
+
+def _completed(options: PrepareOptions, given: tokenizers.Tokenizer | None, input_sha256: str) -> Manifest:
+    """The manifest that is there, if these options would write the same; else UserError."""
+    manifest = load_manifest(options.output)
+    now, then = options.that_matter(), manifest.options
+    remedy = f"{options.output} is complete; give another --output"
+    if input_sha256 != manifest.input_sha256:
+        before = " ".join(then["input"]) or "Python's own sources"
+        raise UserError(f"--input: not the text that was prepared there ({before}, or its files changed); {remedy}")
+    if given is not None and given.fingerprint != manifest.tokenizer["sha256"]:
+        raise UserError(f"--tokenizer={options.tokenizer}: not the tokenizer used there; {remedy}")
+    if (then["tokenizer"] is None) != (given is None):
+        raise UserError(f"--tokenizer={options.tokenizer}: was {then['tokenizer']} there; {remedy}")
+    for name in now:
+        if name not in ("input", "tokenizer") and now[name] != then[name]:
+            raise UserError(f"--{name.replace('_', '-')}={now[name]}: was {then[name]} there; {remedy}")
+    for split in (manifest.train, manifest.validation):
+        check_shards(options.output, split)
+    _say(f"{options.output} is complete already")
+    return manifest
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Holds the folder's lock; the system lets go of it when the process ends, however it ends."""
+    with open(output / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--output={output}: another prepare is writing here; wait for it to end") from None
+        yield
+
+
+def _require(holds: bool, name: str, value: object, range_: str) -> None:
+    if not holds:
+        raise UserError(f"--{name}={value}: must be {range_}")
+
+
+def _say(line: str) -> None:
+    print(f"prepare: {line}", file=sys.stderr, flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the verb."""
+    default = PrepareOptions(output="")
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="PATH",
+        help="a .txt (one document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder or glob of them, or "
+        "hub:NAME[:CONFIG][:SPLIT]; may be repeated. Without it: the Python standard library's own sources",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the prepared data goes")
+    parser.add_argument("--key", default=default.key, help="key or column of the text (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=default.vocab_size,
+        help="ids of the tokenizer to train (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="use this .model or .json tokenizer instead of training one"
+    )
+    parser.add_argument(
+        "--row-length", type=int, default=default.row_length, help="tokens of a stored row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--validation-fraction", type=float, default=default.validation_fraction, metavar="SHARE",
+        help="share of the documents kept for validation (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--max-characters", type=int, metavar="N", help="use only the first N characters of the input")
+    parser.add_argument(
+        "--seed", type=int, default=default.seed, help="of the sample and the split (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--max-bad-share", type=float, default=default.max_bad_share, metavar="SHARE",
+        help="fail if more of the lines than this are not documents (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb and prints what came out. Returns the exit status."""
+    options = {name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__}
+    manifest = prepare(PrepareOptions(**{**options, "input": tuple(args.input)}))
+    for name in ("train", "validation"):
+        split = manifest[name]
+        print(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['rows']:,} rows")
+    print(f"tokenizer: {manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']:,} ids")
+    print(f"unigram perplexity: {manifest['unigram_perplexity']:.1f}")
+    print(f"prepared: {options['output']} (fingerprint {manifest['fingerprint'][:12]})")
+    return 0

@@ -1,0 +1,81 @@
+"""`deconstruct describe`: what a configuration is, from shapes alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from deconstruct import accounting
+from deconstruct.config import Config, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="B", help="sequences that FLOPs and cache are for (default 1)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    description = describe(load_config(arguments.config, arguments=arguments.overrides), arguments.batch)
+    print(json.dumps(description) if arguments.json else as_text(description))
+    return 0
+
+
+def describe(config: Config, batch: int = 1) -> dict[str, Any]:
+    """Layers, plan, parameters, FLOPs of `batch` sequences and bytes of their cache; nothing is allocated."""
+    model, length = config.model, config.sequence_length
+    parameters = accounting.parameters(model)
+    difference = accounting.difference_from_standard(model)
+    forward = accounting.forward_flops(model, batch, length)
+    train = accounting.train_flops(model, batch, length)
+    return {
+        "layers": list(model.layers),
+        "plan": [{"unit": list(segment.unit), "repeats": segment.repeats} for segment in model.plan],
+        "parameters": parameters,
+        "difference_from_standard": difference,
+        "mixer_difference_per_layer": [
+            count - standard for count, standard in zip(parameters["mixer_per_layer"], _standard(config), strict=True)
+        ],
+        "flops": {
+            "batch": batch,
+            "sequence_length": length,
+            "forward": forward.needed,
+            "forward_dense": forward.dense,
+            "train": train.needed,
+            "train_dense": train.dense,
+        },
+        "cache_bytes": accounting.cache_bytes(model, batch, length),
+        "vocabulary": {"size": model.vocab_size, "padded": model.padded_vocab},
+        "tokens_per_step": config.batch_size * length,
+    }
+
+
+def _standard(config: Config) -> list[int]:
+    return [accounting.standard_mixer_parameters(config.model)] * len(config.model.layers)
+
+
+def as_text(description: dict[str, Any]) -> str:
+    parameters, flops = description["parameters"], description["flops"]
+    plan = " + ".join(f"{segment['repeats']} x ({', '.join(segment['unit'])})" for segment in description["plan"])
+    lines = [
+        f"plan        {plan}",
+        f"parameters  {parameters['total']:,} (embedding {parameters['embedding']:,}; "
+        f"{description['difference_from_standard']:+,} against standard)",
+        f"vocabulary  {description['vocabulary']['size']:,}, padded to {description['vocabulary']['padded']:,}",
+        f"FLOPs       forward {flops['forward']:.4g}, training {flops['train']:.4g} "
+        f"({flops['batch']} x {flops['sequence_length']} tokens; causal half, no recomputation)",
+        f"cache       {description['cache_bytes']:,} bytes at {flops['sequence_length']} positions",
+        f"a step      {description['tokens_per_step']:,} tokens",
+        "",
+        "layer  variant              mixer parameters  against standard",
+    ]
+    rows = zip(
+        description["layers"], parameters["mixer_per_layer"], description["mixer_difference_per_layer"], strict=True
+    )
+    lines += [
+        f"{i:>5}  {name:<20} {count:>16,}  {difference:>+16,}" for i, (name, count, difference) in enumerate(rows, 1)
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""A short report on a run: what was learned, in a few lines.
+
+python -m deconstruct.evaluate.report --workdir=runs/quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+
+from deconstruct.data.manifest import load_manifest
+from deconstruct.layout import replaced_layers
+from deconstruct.metrics import read_jsonl
+from deconstruct.types import UserError
+from deconstruct.workdir import Workdir
+
+
+def report(workdir: str) -> str:
+    """Loss before and after, and validation perplexity beside what guessing by frequency would reach."""
+    place = Workdir(workdir)
+    config = place.read_config()
+    logged = read_jsonl(place.metrics)
+    evaluated = [r for r in read_jsonl(place.evaluations) if r["metric"] == "perplexity" and not r["skip"]]
+    if not logged or not evaluated:
+        raise UserError(
+            f"--workdir={workdir}: nothing to report yet; run `deconstruct train` and `deconstruct evaluate` first"
+        )
+    first, last = logged[0], logged[-1]
+    manifest = load_manifest(config.data)
+    replaced = len(replaced_layers(config.model.layers))
+    lines = [
+        f"{workdir}: {len(config.model.layers)} layers, {config.variant} in {replaced} of them ({config.layout})",
+        f"  training loss         {first['loss']:.3f} at step {first['step']}, "
+        f"{last['loss']:.3f} at step {last['step']} (chance: {math.log(config.model.vocab_size):.3f})",
+        f"  unigram perplexity    {manifest.unigram_perplexity:.1f} (guessing by frequency, same validation text)",
+    ]
+    latest = max(r["step"] for r in evaluated)
+    for record in sorted((r for r in evaluated if r["step"] == latest), key=lambda r: r["context"]):
+        lines.append(
+            f"  validation perplexity {record['value']:.1f} at context {record['context']} "
+            f"({record['text']}, {record['tokens']:,} tokens, step {latest})"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What a run has learned, in a few lines.")
+    parser.add_argument("--workdir", required=True)
+    try:
+        print(report(parser.parse_args().workdir))
+    except UserError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

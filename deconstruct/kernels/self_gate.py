@@ -1,0 +1,98 @@
+"""The self-gated running mean in linear time, by a prefix softmax that carries its own maximum.
+
+    out_i = sum_{j<=i} exp(s_j) v_j / sum_{j<=i} exp(s_j),    s_j = silu(q_j) . k_j / sqrt(dh)
+
+(the "non-approximate" form of arXiv:2510.11602: no similarity between positions). The scores reach +-1e3 and more, so
+all is kept relative to the running maximum m_i: every denominator is then at least one. The maximum cancels in the
+quotient and takes no part in the derivative.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deconstruct.kernels import grouped, reference
+
+CHUNK = 64
+
+
+class SelfGateState(NamedTuple):
+    """The prefix so far, float32 (float64 for float64 inputs): sums of exp(s - highest), alone and times v."""
+
+    highest: jax.Array  # [Bq, H], -inf before the first position
+    sums: jax.Array  # [Bq, H]
+    values: jax.Array  # [Bv, H, dv]
+
+
+def init_self_gate_state(
+    qk_batch: int, batch: int, heads: int, dv: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> SelfGateState:
+    """The state before the first position. `qk_batch` is Bq, `batch` is Bv, `heads` the query heads."""
+    return SelfGateState(
+        highest=jnp.full((qk_batch, heads), -jnp.inf, dtype),
+        sums=jnp.zeros((qk_batch, heads), dtype),
+        values=jnp.zeros((batch, heads, dv), dtype),
+    )
+
+
+def self_gate_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, state: SelfGateState | None = None, chunk: int = CHUNK
+) -> tuple[jax.Array, SelfGateState]:
+    """The running mean of the values, weighted by exp(s).
+
+    q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] -> [Bv, L, H, dv] in v's dtype, and the state after them; a
+    sequence is extended by another call with that state. Within a chunk the prefix sums are one small matmul, all
+    chunks at once; only the totals of the chunks go through a scan.
+    """
+    batch, length, heads, _ = q.shape
+    kv_heads, dv = v.shape[2:]
+    dtype = grouped.accumulation_dtype(q, k, v)
+    if state is None:
+        state = init_self_gate_state(batch, v.shape[0], heads, dv, dtype)
+    size = min(chunk, length)
+    head_axes = (kv_heads, heads // kv_heads)
+    scores = reference.gate_scores(q, k).reshape(batch, *head_axes, length)
+    scores = grouped.cut(scores, 3, size, fill=-jnp.inf)  # b k g t s
+    values = grouped.cut(grouped.split_values(v, batch), 2, size)  # b k t s n e
+    own = grouped.split_rows(state.values, batch)
+    own = own.reshape(*own.shape[:2], *head_axes, dv).transpose(0, 2, 3, 1, 4)  # b k g n e
+    before, highest = _running_maximum(scores, state.highest.reshape(batch, *head_axes))
+    mask = grouped.causal_mask(size, size)
+    weights = jnp.exp(jnp.where(mask, scores[..., None, :] - highest[..., :, None], -jnp.inf))
+    within = grouped.contract("bkgtls,bktsne->bkgtlne", weights.astype(v.dtype), values)
+    sums = weights.sum(-1)
+    carry = (state.sums.reshape(batch, *head_axes), own)
+    # The last row of a chunk holds the chunk's totals, relative to the maximum up to there.
+    steps = (jnp.exp(before - highest[..., -1]), sums[..., -1], within[..., -1, :, :])
+    (last_sums, last_values), (past_sums, past_values) = jax.lax.scan(
+        _next_chunk, carry, tuple(jnp.moveaxis(x, 3, 0) for x in steps)
+    )
+    decay = jnp.exp(before[..., None] - highest)
+    sums += decay * jnp.moveaxis(past_sums, 0, 3)[..., None]
+    within += decay[..., None, None] * jnp.moveaxis(past_values, 0, 3)[..., None, :, :]
+    out = grouped.join((within / sums[..., None, None]).astype(v.dtype), 3, length)
+    return grouped.merge_results(out), SelfGateState(
+        highest=highest[..., -1, -1].reshape(batch, heads),
+        sums=last_sums.reshape(batch, heads),
+        values=last_values.transpose(0, 3, 1, 2, 4).reshape(v.shape[0], heads, dv),
+    )
+
+
+def _running_maximum(scores: jax.Array, highest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maximum before each chunk [b, k, g, t], and up to each position [b, k, g, t, s]. Not differentiated."""
+    scores, highest = jax.lax.stop_gradient((scores, highest))
+    within = jax.lax.cummax(scores, axis=4)
+    before = jnp.concatenate([highest[..., None], within[..., :-1, -1]], axis=3)
+    before = jax.lax.cummax(before, axis=3)
+    return before, jnp.maximum(before[..., None], within)
+
+
+def _next_chunk(
+    carry: tuple[jax.Array, jax.Array], step: tuple[jax.Array, ...]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    sums, values = carry
+    decay, chunk_sums, chunk_values = step
+    return (sums * decay + chunk_sums, values * decay[..., None, None] + chunk_values), carry

@@ -1,0 +1,155 @@
+"""Second-order Taylor attention, exact and jointly normalised: quadratic for short sequences, linear for long ones.
+
+    A_ij = T(x_ij) / sum_{m<=i} T(x_im),    T(x) = 1 + x + x^2 / 2,    x_ij = q_i . k_j / sqrt(dh)
+
+T(x) = ((1 + x)^2 + 1) / 2 is at least 1/2, so no denominator is near zero. T(x) is the inner product of the features
+phi(q) . phi(k), phi(a) = [1, a, vec(a a^T)/sqrt 2] (Based, Arora et al. 2024), so the sums over the past are states:
+
+    n0 = sum 1    n1 = sum k_j    n2 = sum k_j k_j^T    s0 = sum v_j    s1 = sum k_j v_j^T    s2 = sum k_j k_j v_j
+
+States are float32 and carry neither the scale nor the 1/2: both are applied to what is read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deconstruct.kernels import grouped, query_chunks
+
+CHUNK = 128
+
+
+class TaylorState(NamedTuple):
+    """The sums over all positions so far, float32 (float64 for float64 inputs)."""
+
+    n0: jax.Array  # [Bq]
+    n1: jax.Array  # [Bq, K, dh]
+    n2: jax.Array  # [Bq, K, dh, dh]
+    s0: jax.Array  # [Bv, K, dv]
+    s1: jax.Array  # [Bv, K, dh, dv]
+    s2: jax.Array  # [Bv, K, dh, dh, dv]
+
+
+def init_taylor_state(
+    qk_batch: int, batch: int, kv_heads: int, dh: int, dv: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> TaylorState:
+    """The state before the first position: all sums zero. `qk_batch` is Bq, `batch` is Bv."""
+    return TaylorState(
+        n0=jnp.zeros((qk_batch,), dtype),
+        n1=jnp.zeros((qk_batch, kv_heads, dh), dtype),
+        n2=jnp.zeros((qk_batch, kv_heads, dh, dh), dtype),
+        s0=jnp.zeros((batch, kv_heads, dv), dtype),
+        s1=jnp.zeros((batch, kv_heads, dh, dv), dtype),
+        s2=jnp.zeros((batch, kv_heads, dh, dh, dv), dtype),
+    )
+
+
+def _slope(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask, 1 + x, 0)
+
+
+def _weights(slope: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask, (slope * slope + 1) / 2, 0)
+
+
+_TAYLOR = query_chunks.Weighing(_slope, _weights)
+
+
+def taylor_quadratic(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int | None = None) -> jax.Array:
+    """The map itself, by chunks of queries: q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] -> [Bv, L, H, dv]."""
+    return query_chunks.mix(q, k, v, _TAYLOR, chunk)
+
+
+def taylor_chunked(
+    q: jax.Array, k: jax.Array, v: jax.Array, state: TaylorState | None = None, chunk: int = CHUNK
+) -> tuple[jax.Array, TaylorState]:
+    """The same in time linear in L: the map within a chunk, the state for all that came before it.
+
+    q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] -> [Bv, L, H, dv] and the state after them. A sequence is
+    extended by another call with that state. Any L: padding at the end is zeros, which add nothing to any sum. The
+    backward pass forms the features again, chunk by chunk, and keeps one state a chunk.
+    """
+    batch, length, _, dh = q.shape
+    kv_heads = k.shape[2]
+    dtype = grouped.accumulation_dtype(q, k, v)
+    if state is None:
+        state = init_taylor_state(batch, v.shape[0], kv_heads, dh, v.shape[-1], dtype)
+    size = min(chunk, length)
+    queries = jnp.moveaxis(grouped.cut(grouped.split_queries(q, kv_heads), 3, size), 3, 0)
+    keys = jnp.moveaxis(grouped.cut(grouped.split_keys(k), 2, size), 2, 0)
+    values = jnp.moveaxis(grouped.cut(grouped.split_values(v, batch), 2, size), 2, 0)
+    rows = state._replace(**{name: grouped.split_rows(getattr(state, name), batch) for name in ("s0", "s1", "s2")})
+    rows, out = jax.lax.scan(jax.checkpoint(_step, prevent_cse=False), rows, (queries, keys, values))
+    out = grouped.merge_results(grouped.join(jnp.moveaxis(out, 0, 3), 3, length))
+    merged = {name: grouped.merge_rows(getattr(rows, name)) for name in ("s0", "s1", "s2")}
+    return out, rows._replace(n0=state.n0 + length, **merged)
+
+
+def _step(state: TaylorState, chunk: tuple[jax.Array, ...]) -> tuple[TaylorState, jax.Array]:
+    """One chunk: what it reads from itself and from the state, and the state after it. Rows s* are [b, n, K, ...]."""
+    q, k, v = chunk
+    scale = q.shape[-1] ** -0.5
+    dtype = state.n1.dtype
+    mask = grouped.causal_mask(q.shape[3], k.shape[2])
+    x = grouped.contract("bkgld,bksd->bkgls", q, k) * scale
+    weights = _weights(_slope(x, mask), mask)
+    numerator = grouped.contract("bkgls,bksne->bkglne", weights.astype(v.dtype), v)
+    numerator += jnp.moveaxis(state.s0, 1, 2)[:, :, None, None]
+    numerator += grouped.contract("bkgld,bnkde->bkglne", q, state.s1.astype(q.dtype)) * scale
+    pairs = (q[..., :, None] * q[..., None, :]).reshape(*q.shape[:-1], -1)
+    flat = state.s2.reshape(*state.s2.shape[:3], pairs.shape[-1], -1)
+    numerator += grouped.contract("bkglp,bnkpe->bkglne", pairs, flat.astype(q.dtype)) * (scale**2 / 2)
+    # The three orders of the normaliser may cancel in part (only their sum is positive): float32 from the inputs on.
+    exact = q.astype(dtype)
+    sums = weights.sum(-1) + state.n0[:, None, None, None]
+    sums += grouped.exactly("bkgld,bkd->bkgl", exact, state.n1) * scale
+    sums += (grouped.exactly("bkgld,bkdc->bkglc", exact, state.n2) * exact).sum(-1) * (scale**2 / 2)
+    return _add(state, k, v), (numerator / sums[..., None, None]).astype(v.dtype)
+
+
+def _add(state: TaylorState, k: jax.Array, v: jax.Array) -> TaylorState:
+    dtype = state.n1.dtype
+    pairs = (k[..., :, None] * k[..., None, :]).reshape(*k.shape[:-1], -1)
+    return TaylorState(
+        n0=state.n0 + k.shape[2],  # too many on a padded last chunk, after which nothing reads it
+        n1=state.n1 + k.astype(dtype).sum(2),
+        n2=state.n2 + grouped.exactly("bksd,bksc->bkdc", k.astype(dtype), k.astype(dtype)),
+        s0=state.s0 + jnp.moveaxis(v.astype(dtype).sum(2), 2, 1),
+        s1=state.s1 + grouped.contract("bksd,bksne->bnkde", k, v),
+        s2=state.s2 + grouped.contract("bksp,bksne->bnkpe", pairs, v).reshape(state.s2.shape),
+    )
+
+
+def chunked_is_cheaper(
+    length: int, head_dim: int, value_dim: int | None = None, groups: int = 1, rows: int = 1, chunk: int = CHUNK
+) -> bool:
+    """Whether `taylor_chunked` needs fewer matmul FLOPs than `taylor_quadratic`, forward, for each query head.
+
+    A pair of positions costs 2 (dh + e) FLOPs, e = rows * dv: its logit once, its weight applied to the values of the
+    `rows` = Bv / Bq that share a map. With query chunks of W (`query_chunks.default_chunk`) the quadratic form takes
+    L (L + W) / 2 pairs. The chunked form takes L C pairs, and for each position a read of the first- and second-order
+    sums, 2 (dh + dh^2) e, and of their normalisers, 2 (dh + dh^2); as much again to add to them, shared by the
+    `groups` = H / K query heads of one kv head. The 1/L of ragged last chunks is left out of both.
+    For dh = dv = 64 and one group they meet near L = 8200: a model trained at 2048 takes the quadratic form.
+    """
+    width = rows * (value_dim or head_dim)
+    pair = 2 * (head_dim + width)
+    quadratic = length * (length + min(query_chunks.default_chunk(length), length)) / 2 * pair
+    features = head_dim + head_dim**2
+    touch = 2 * features * (width + 1)
+    size = min(chunk, length)
+    return length * (size * pair + touch * (1 + 1 / groups)) < quadratic
+
+
+def taylor_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Second-order Taylor attention of a whole sequence, by whichever form counts fewer FLOPs at this length.
+
+    q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] give [Bv, L, H, dv] in v's dtype; Bq is Bv or 1.
+    """
+    groups, rows = q.shape[2] // k.shape[2], v.shape[0] // q.shape[0]
+    if chunked_is_cheaper(q.shape[1], q.shape[-1], v.shape[-1], groups, rows):
+        return taylor_chunked(q, k, v)[0]
+    return taylor_quadratic(q, k, v)

@@ -1,0 +1,134 @@
+"""Layouts (which layer is which variant) and plans (how the layers are folded into scanned segments).
+
+A layout is a tuple of variant names, one per layer. The named ones are those of "Deconstructing Attention"
+(arXiv:2510.11602, table 1): they say which layers stay `standard`; the others hold the variant.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from deconstruct.types import UserError
+
+STANDARD = "standard"
+
+
+def _middle(layer: int, count: int) -> bool:
+    # The replaced half sits in the middle; where 4 does not divide the depth, the lower rim is the shorter one.
+    return layer <= count // 4 or layer > count // 4 + (count - count // 2)
+
+
+# Name -> whether layer i (ids from 1) of n stays standard.
+LAYOUTS = {
+    "uniform": lambda i, n: False,
+    "even": lambda i, n: i % 2 == 0,
+    "odd": lambda i, n: i % 2 == 1,
+    "top": lambda i, n: i <= n // 2,
+    "middle": _middle,
+    "bottom": lambda i, n: i > n - n // 2,
+    "quarter": lambda i, n: i % 4 == 0,
+    "first": lambda i, n: i == 1,
+    "last": lambda i, n: i == n,
+    "bilateral": lambda i, n: i in (1, n),
+}
+
+
+def layer_variants(layout: str, variant: str, count: int) -> tuple[str, ...]:
+    """The variant of each of `count` layers.
+
+    `layout` is one of `LAYOUTS`, or a comma-separated list: of layer ids from 1 that stay standard ("1,5,9"), or
+    of `count` variant names ("standard,mlp,..."; then `variant` is not used). Raises UserError.
+    """
+    if layout in LAYOUTS:
+        stays = LAYOUTS[layout]
+        return tuple(STANDARD if stays(i, count) else variant for i in range(1, count + 1))
+    entries = [entry.strip() for entry in layout.split(",") if entry.strip()]
+    if entries and all(entry.isdigit() for entry in entries):
+        ids = [int(entry) for entry in entries]
+        for i in ids:
+            if not 1 <= i <= count:
+                raise UserError(f"layout={layout}: there is no layer {i}; layers are 1 to {count}")
+        if len(set(ids)) != len(ids):
+            raise UserError(f"layout={layout}: a layer is listed twice")
+        return tuple(STANDARD if i in ids else variant for i in range(1, count + 1))
+    if len(entries) > 1:
+        if len(entries) != count:
+            raise UserError(f"layout={layout}: names {len(entries)} layers, but model.num_layers={count}")
+        return tuple(entries)
+    raise UserError(
+        f"layout={layout!r} is unknown; one of {', '.join(LAYOUTS)}, a list of the layers that stay standard "
+        f'("1,5,9"), or {count} variant names'
+    )
+
+
+def replaced_layers(layers: tuple[str | None, ...]) -> tuple[int, ...]:
+    """The layers (indices from 0) that are not standard: those that `skip` removes."""
+    return tuple(i for i, name in enumerate(layers) if name != STANDARD)
+
+
+class Segment(NamedTuple):
+    """`repeats` times the same `unit` of layers, one traced block per layer of the unit."""
+
+    unit: tuple[str | None, ...]
+    repeats: int
+
+    def __len__(self) -> int:  # layers covered
+        return len(self.unit) * self.repeats
+
+
+Plan = tuple[Segment, ...]
+
+
+def unrolled(layers: tuple[str | None, ...]) -> Plan:
+    """The plan that folds nothing: every layer is traced by itself."""
+    return (Segment(tuple(layers), 1),) if layers else ()
+
+
+def plan(layers: tuple[str | None, ...]) -> Plan:
+    """Folds a layout into the segments that trace the fewest blocks, and among those the fewest segments.
+
+    Compile time then depends on how many unlike layers a unit holds, not on depth. A dynamic program over
+    prefixes; cubic in the number of layers, and cached.
+    """
+    return _plan(tuple(layers))
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(layers: tuple[str | None, ...]) -> Plan:
+    count = len(layers)
+    # best[i] = (traced blocks, segments) and the plan of the first i layers.
+    best: list[tuple[tuple[int, int], Plan]] = [((0, 0), ())]
+    for end in range(1, count + 1):
+        candidates = []
+        for start in range(end):
+            length = end - start
+            for unit_length in range(1, length + 1):
+                if length % unit_length:
+                    continue
+                unit = layers[start : start + unit_length]
+                if unit * (length // unit_length) == layers[start:end]:
+                    (blocks, segments), before = best[start]
+                    segment = Segment(unit, length // unit_length)
+                    candidates.append(((blocks + unit_length, segments + 1), (*before, segment)))
+                    break  # a longer unit of the same span only traces more
+        best.append(min(candidates, key=lambda candidate: candidate[0]))
+    return best[count][1]
+
+
+class Place(NamedTuple):
+    """Where a layer's parameters live: segment, position in its unit, and repeat."""
+
+    segment: int
+    position: int
+    repeat: int
+
+
+def places(segments: Plan) -> tuple[Place, ...]:
+    """The place of each layer, in layer order."""
+    return tuple(
+        Place(s, position, repeat)
+        for s, segment in enumerate(segments)
+        for repeat in range(segment.repeats)
+        for position in range(len(segment.unit))
+    )

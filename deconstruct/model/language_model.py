@@ -1,0 +1,124 @@
+"""The language model: embeddings, the fixed stream where a layer reads one, the stack, the head and the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deconstruct.attention.base import Context
+from deconstruct.attention.source import SOURCES, FixedSource
+from deconstruct.attention.variants import fixed_source, reads_static
+from deconstruct.config import ModelConfig
+from deconstruct.distributed.sharding import constrain
+from deconstruct.kernels.cross_entropy import chunk_count, cross_entropy, token_losses
+from deconstruct.layers import Embedding, Frozen, RMSNorm, normal_param, rope_tables
+from deconstruct.model.stack import RESIDUAL, Block, Record, Stack
+from deconstruct.types import Streams, UserError
+
+
+class LanguageModel(nnx.Module):
+    """A decoder-only transformer whose every layer holds the mixer its layout names.
+
+    `key` seeds all parameters; the same key gives the same layer whatever the plan.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        embed_key, layers_key, head_key, fixed_key = (jax.random.fold_in(key, i) for i in range(4))
+        self.config = config
+        self.fixed_source = fixed_source(config.layers)
+        self.embed = Embedding(
+            config.padded_vocab,
+            config.hidden_size,
+            std=config.init_std,
+            dtype=config.dtype,
+            rngs=nnx.Rngs(params=embed_key),
+        )
+        self.fixed = Frozen(self._source().constant(config, fixed_key), axes=()) if self.fixed_source else None
+        self.stack = Stack(config, layers_key)
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        # [V, d] like the embedding, so that tied and untied heads are the same product.
+        self.head = (
+            None
+            if config.tie_embeddings
+            else normal_param(
+                nnx.Rngs(params=head_key),
+                (config.padded_vocab, config.hidden_size),
+                ("vocab", "embed"),
+                config.init_std,
+            )
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Token ids int32 [B, L] -> logits float32 [B, L, vocab_size]."""
+        hidden, _ = self.hidden(tokens)
+        table = self.output_table().astype(hidden.dtype)
+        logits = jnp.einsum("bld,vd->blv", hidden, table, preferred_element_type=jnp.float32)
+        return constrain(logits, ("batch", "length", "act_vocab"))[..., : self.config.vocab_size]
+
+    def hidden(self, tokens: jax.Array, record: Record | None = None) -> tuple[jax.Array, list[Any]]:
+        """Final normed hidden states [B, L, d], and what `record` read off each layer."""
+        streams, context = self.start(tokens)
+        streams, records = self.stack(streams, context, record)
+        return self.norm(streams.h), records
+
+    def attention_maps(self, tokens: jax.Array) -> list[jax.Array | None]:
+        """One map per layer: float32 [B or 1, heads, L, L], batch axis 1 where the map does not depend on the input;
+        None where nothing is mixed."""
+
+        def record(block: Block, streams: Streams, context: Context) -> jax.Array | None:
+            return block.maps(streams, context)
+
+        return self.hidden(tokens, record)[1]
+
+    def loss(self, tokens: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """The weighted sum of token losses (nats), float32 []. tokens, targets int32 [B, L]; weights float32 [B, L]."""
+        hidden, _ = self.hidden(tokens)
+        batch, length = targets.shape
+        chunks = chunk_count(batch, length, self.config.padded_vocab)
+        return cross_entropy(hidden, self.output_table(), targets, weights, self.config.vocab_size, chunks)
+
+    def token_losses(self, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+        """The loss of each token (nats), float32 [B, L]."""
+        hidden, _ = self.hidden(tokens)
+        batch, length = targets.shape
+        chunks = chunk_count(batch, length, self.config.padded_vocab)
+        return token_losses(hidden, self.output_table(), targets, self.config.vocab_size, chunks)
+
+    def output_table(self) -> jax.Array:
+        """[V, d], gathered over fsdp as every parameter is when it is used."""
+        return constrain(self.embed.embedding[...] if self.head is None else self.head[...], ("vocab", None))
+
+    def start(self, tokens: jax.Array) -> tuple[Streams, Context]:
+        """The streams before the first layer, and what all layers read. tokens int32 [B, L]."""
+        config, length = self.config, tokens.shape[1]
+        x = None
+        if self.fixed is not None:
+            if length > config.fixed_length:
+                raise UserError(
+                    f"{length} tokens are more than the fixed stream ({self.fixed_source}) of this model has: "
+                    f"{config.fixed_length} (model.fixed_length)"
+                )
+            x = self._source().start(self.fixed[...], length, self.embed, config.dtype)
+        streams = Streams(constrain(self.embed(tokens), RESIDUAL), x)
+        cos, sin = rope_tables(jnp.arange(length), config.head_dim, config.rope_theta)
+        return streams, Context(cos, sin, streams if reads_static(config.layers) else Streams(None))
+
+    def _source(self) -> type[FixedSource]:
+        source = SOURCES[str(self.fixed_source)]
+        assert issubclass(source, FixedSource)
+        return source
+
+
+def build_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
+    """A live model with fresh parameters, on the default device. Raises UserError where the shape is impossible."""
+    graphdef, _ = nnx.split(abstract_model(config))
+    state = jax.jit(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(config, jax.random.key(seed)))))()
+    return nnx.merge(graphdef, state)
+
+
+def abstract_model(config: ModelConfig) -> LanguageModel:
+    """The same with shapes in place of arrays: seconds and megabytes for any size."""
+    return nnx.eval_shape(lambda: LanguageModel(config, jax.random.key(0)))

@@ -1,0 +1,35 @@
+"""A model as plain pytrees: split into definition, parameters and frozen arrays, and placed on a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from deconstruct.config import ModelConfig
+from deconstruct.distributed.sharding import state_shardings
+from deconstruct.layers import Frozen
+from deconstruct.model.language_model import LanguageModel, abstract_model
+
+
+def split_model(model: LanguageModel) -> tuple[Any, Any, Any]:
+    """graphdef, parameters, frozen arrays; the last two as pure dicts. `nnx.merge` puts them together again."""
+    graphdef, *states = nnx.split(model, nnx.Param, Frozen)
+    params, frozen = states
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+
+
+def abstract_arrays(config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """The same with shapes and shardings on `mesh` in place of arrays. Raises UserError where they do not fit."""
+    graphdef, *states = nnx.split(abstract_model(config), nnx.Param, Frozen)
+    params, frozen = states
+
+    def place(state: Any) -> Any:
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            nnx.to_pure_dict(state),
+            state_shardings(state, mesh),
+        )
+
+    return graphdef, place(params), place(frozen)

@@ -1,0 +1,139 @@
+"""Blocks, and the stack that runs them: stacked parameters, a scan over each segment, remat per layer.
+
+The parameters of a segment carry one leading axis, its repeats. Each layer's initial state follows from the seed
+and its own index, so it is the same whatever the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deconstruct.attention.base import Context
+from deconstruct.attention.variants import fixed_source, make_mixer
+from deconstruct.config import ModelConfig
+from deconstruct.distributed.sharding import constrain
+from deconstruct.layers import RMSNorm, SwiGLU
+from deconstruct.layout import places
+from deconstruct.types import Streams
+
+RESIDUAL = ("batch", "length", None)
+
+# What may be read off every layer as it runs: (block, streams entering it, context) -> pytree of arrays, or None.
+Record = Callable[["Block", Streams, Context], Any]
+
+
+class Block(nnx.Module):
+    """streams + mixer(norm(streams)), then + mlp(norm(streams)). `variant` None leaves the mixer's branch out."""
+
+    def __init__(self, config: ModelConfig, variant: str | None, rngs: nnx.Rngs):
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_epsilon) if variant else None
+        self.mixer = make_mixer(variant, config, rngs) if variant else None
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.mlp = SwiGLU(
+            config.hidden_size, config.intermediate_size, std=config.init_std, dtype=config.dtype, rngs=rngs
+        )
+
+    def __call__(self, streams: Streams, context: Context) -> Streams:
+        if self.mixer is not None:
+            streams = streams.map(jnp.add, self.mixer(*self._mixer_inputs(streams, context), context))
+        streams = streams.map(lambda x: x + self.mlp(self.mlp_norm(x)))
+        return streams.map(lambda x: constrain(x, RESIDUAL))
+
+    def maps(self, streams: Streams, context: Context) -> jax.Array | None:
+        """The attention map of this layer; None where nothing is mixed."""
+        return None if self.mixer is None else self.mixer.maps(*self._mixer_inputs(streams, context), context)
+
+    def _mixer_inputs(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
+        assert self.mixer is not None and self.mixer_norm is not None
+        static = context.static.map(self.mixer_norm) if self.mixer.reads_static else Streams(None)
+        return streams.map(self.mixer_norm), static
+
+
+def draw_layers(config: ModelConfig, variant: str | None, layers: tuple[int, ...], key: jax.Array) -> tuple[Any, Any]:
+    """The definition of a block, and its state with `layers` side by side, each drawn from the key of its index."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Block(config, variant, nnx.Rngs(params=key))))
+
+    def draw(index: jax.Array) -> Any:
+        return nnx.to_pure_dict(nnx.state(Block(config, variant, nnx.Rngs(params=jax.random.fold_in(key, index)))))
+
+    return graphdef, jax.vmap(draw)(jnp.array(layers))
+
+
+def layer_state(stacked: Any, repeat: int | jax.Array) -> Any:
+    """One layer out of a stacked state."""
+    return jax.tree.map(lambda x: x[repeat], stacked)
+
+
+class Stack(nnx.Module):
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.config = config
+        where = places(config.plan)
+        # One program draws all layers of a variant, however they are then laid out.
+        drawn = {}
+        for variant in dict.fromkeys(config.layers):
+            layers = tuple(i for i, name in enumerate(config.layers) if name == variant)
+            drawn[variant] = layers, *draw_layers(config, variant, layers, key)
+
+        def stacked(s: int, position: int, variant: str | None) -> Block:
+            layers, graphdef, state = drawn[variant]
+            rows = np.array([layers.index(i) for i, w in enumerate(where) if w[:2] == (s, position)])
+            return nnx.merge(graphdef, jax.tree.map(lambda x: x[rows], state))
+
+        self.segments = nnx.List(
+            [
+                nnx.List([stacked(s, position, variant) for position, variant in enumerate(segment.unit)])
+                for s, segment in enumerate(config.plan)
+            ]
+        )
+
+    def __call__(self, streams: Streams, context: Context, record: Record | None = None) -> tuple[Streams, list[Any]]:
+        """Runs all layers. Returns the streams and, per layer in order, what `record` read off it."""
+        plan = self.config.plan
+        recorded: list[Any] = []
+        for s, (segment, blocks) in enumerate(zip(plan, self.segments, strict=True)):
+            if not any(fixed_source(later.unit) for later in plan[s:]):
+                streams = Streams(streams.h, None)  # no layer reads x any more
+            streams, records = _run_segment(blocks, segment.repeats, streams, context, record, self.config.remat)
+            recorded.append(records)
+        return streams, [layer_state(recorded[s][position], repeat) for s, position, repeat in places(plan)]
+
+    def layer(self, index: int) -> Block:
+        """The block of one layer, with its own parameters; for looking at, not for training."""
+        s, position, repeat = places(self.config.plan)[index]
+        graphdef, state = nnx.split(self.segments[s][position])
+        return nnx.merge(graphdef, layer_state(nnx.to_pure_dict(state), repeat))
+
+
+def _run_segment(
+    blocks: nnx.List, repeats: int, streams: Streams, context: Context, record: Record | None, remat: bool
+) -> tuple[Streams, tuple[Any, ...]]:
+    split = [nnx.split(block) for block in blocks]
+    graphdefs = [graphdef for graphdef, _ in split]
+    states = tuple(nnx.to_pure_dict(state) for _, state in split)
+
+    def apply(graphdef: Any, state: Any, streams: Streams, context: Context) -> tuple[Streams, Any]:
+        block = nnx.merge(graphdef, state)
+        return block(streams, context), record(block, streams, context) if record else None
+
+    if remat:
+        # Per layer, never per unit: a unit under one checkpoint would keep all its layers alive in the backward
+        # pass. Inside a scan the loop itself prevents CSE from undoing it.
+        apply = jax.checkpoint(apply, static_argnums=(0,), prevent_cse=repeats == 1)
+
+    def unit(streams: Streams, states: tuple[Any, ...]) -> tuple[Streams, tuple[Any, ...]]:
+        records = []
+        for graphdef, state in zip(graphdefs, states, strict=True):
+            streams, seen = apply(graphdef, state, streams, context)
+            records.append(seen)
+        return streams, tuple(records)
+
+    if repeats > 1:
+        return jax.lax.scan(unit, streams, states)
+    streams, records = unit(streams, layer_state(states, 0))
+    return streams, jax.tree.map(lambda x: x[None], records)

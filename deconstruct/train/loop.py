@@ -1,0 +1,256 @@
+"""The training run: from a configuration and a workdir to a trained, checkpointed model.
+
+The loop never waits for the step it has just dispatched: it reads the metrics of the one before, so the device
+always has work queued. Running the same command again resumes from the latest finished checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from deconstruct import accounting, checkpoint
+from deconstruct.checkpoint import Checkpoints
+from deconstruct.config import Config, load_config
+from deconstruct.data import pipeline, tokenizer
+from deconstruct.data.manifest import Manifest, load_manifest
+from deconstruct.distributed import runtime
+from deconstruct.distributed.mesh import check_batch, make_mesh
+from deconstruct.distributed.sharding import batch_spec
+from deconstruct.metrics import Clock, MetricWriter
+from deconstruct.train.optimizer import make_optimizer, make_schedule
+from deconstruct.train.progress import Progress
+from deconstruct.train.resume import RunCheckpoints, check_same_run, make_meta
+from deconstruct.train.state import StateSpec, TrainState, make_state_spec
+from deconstruct.train.step import batch_of, make_step
+from deconstruct.types import UserError
+from deconstruct.workdir import Workdir
+
+STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM, to be run again
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py[:ARGUMENT]", help="a config file, such as configs/quickstart.py"
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="the folder of this run; a run found there is resumed"
+    )
+    runtime.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The verb `train`. Returns the exit status."""
+    config = load_config(arguments.config, arguments=arguments.overrides)
+    runtime.start(arguments)
+    return train(config, arguments.workdir)
+
+
+def train(config: Config, workdir: os.PathLike[str] | str) -> int:
+    """Trains to `config.steps`. Returns 0, or 75 where SIGTERM ended it early with a checkpoint saved.
+
+    Raises UserError for what the user can mend, FloatingPointError where the loss is no longer finite.
+    """
+    manifest = load_manifest(config.data)
+    _check_data(config, manifest)
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    place = Workdir(workdir)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    if jax.default_backend() != "cpu":  # a resumed run then starts without compiling again
+        jax.config.update("jax_compilation_cache_dir", os.fspath(place.folder / "compilation_cache"))
+    keep_period = config.checkpoint.keep_period or None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        run = Run(config, manifest, mesh, place)
+        writer = stack.enter_context(
+            Checkpoints(place.checkpoints, config.checkpoint_every, config.checkpoint.keep, keep_period)
+        )
+        return run.train(writer)
+
+
+def _check_data(config: Config, manifest: Manifest) -> None:
+    if manifest.tokenizer["vocab_size"] != config.model.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size={config.model.vocab_size}: the tokenizer of {config.data} has "
+            f"{manifest.tokenizer['vocab_size']} pieces; 0 takes the tokenizer's"
+        )
+
+
+class Run:
+    """One process's part in a run."""
+
+    def __init__(self, config: Config, manifest: Manifest, mesh: jax.sharding.Mesh, place: Workdir):
+        self.config, self.manifest, self.mesh, self.place = config, manifest, mesh, place
+        self.clock = Clock()
+        self.optimizer = make_optimizer(config)
+        self.spec: StateSpec = make_state_spec(config, self.optimizer, mesh)
+        self.stop = runtime.StopSignal()
+        self.rows = jax.sharding.NamedSharding(mesh, batch_spec())
+        flops = accounting.train_flops(config.model, config.batch_size, config.sequence_length).needed
+        peak = accounting.peak_flops(mesh.devices.flat[0])
+        self.utilisation_per_rate = flops / (peak * mesh.size) if peak else None  # MFU at one step a second
+
+    def train(self, writer: Checkpoints) -> int:
+        config = self.config
+        checkpoints = RunCheckpoints(writer, self.place.checkpoints, self.spec, config)
+        state, first = self._start(checkpoints)
+        if first >= config.steps:
+            log.info("step %d of %d: nothing left to do", first, config.steps)
+            return 0
+        compiled = self._compile()
+        metrics_out = MetricWriter(self.place.folder, first) if runtime.is_main() else None
+        progress = Progress(first, config.steps)
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        report = Report(self, metrics_out, progress, first)
+        status = 0
+        with contextlib.closing(progress), contextlib.closing(self._batches(first)) as batches:
+            for step in range(first + 1, config.steps + 1):
+                with self.clock.measure("data"):
+                    rows = self._to_devices(next(batches))
+                with self.clock.measure("step"):
+                    state, metrics = compiled(state, rows)
+                    if pending:
+                        report(*pending)
+                pending = (step, metrics)
+                writer.check_errors()
+                stopping = self.stop.reached(step)
+                if writer.due(step) or step == config.steps or stopping:
+                    report(*pending)  # what is saved has been logged
+                    pending = None
+                    with self.clock.measure("checkpoint"):
+                        checkpoints.save(step, state, self._meta(step))
+                if stopping and step < config.steps:
+                    status = STOPPED
+                    break
+            if pending:
+                report(*pending)
+        with self.clock.measure("checkpoint"):
+            writer.wait()
+        if metrics_out:
+            metrics_out.close()
+        if status == STOPPED:
+            log.info("received SIGTERM: saved step %d; run the same command to go on", step)
+        return status
+
+    def _start(self, checkpoints: RunCheckpoints) -> tuple[TrainState, int]:
+        """The state to go on from, and the step it is at."""
+        config, manifest = self.config, self.manifest
+        latest = checkpoint.latest_step(self.place.checkpoints)
+        if latest is not None:
+            meta = checkpoint.read_meta(self.place.checkpoints, latest)
+            check_same_run(config, meta, manifest.fingerprint, manifest.tokenizer["sha256"])
+        if runtime.is_main():
+            self.place.write_config(config)
+            tokenizer.load(epath.Path(config.data) / "tokenizer").save(self.place.tokenizer)
+        if latest is None:
+            return self.spec.init(self._fixed_tokens()), 0
+        with self.clock.measure("restore"):
+            state = checkpoints.restore(latest)
+        log.info("resuming from step %d", latest)
+        return state, latest
+
+    def _fixed_tokens(self) -> jax.Array | None:
+        """What the fixed_text stream reads: a file, or the first tokens of the training rows."""
+        model = self.config.model
+        if self.spec.abstract.frozen.get("fixed") is None or self.spec.abstract.frozen["fixed"].dtype != jnp.int32:
+            return None
+        if model.fixed_text:
+            if not epath.Path(model.fixed_text).exists():
+                raise UserError(f"config.model.fixed_text={model.fixed_text}: there is no such file")
+            text = epath.Path(model.fixed_text).read_text()
+            tokens = tokenizer.load(epath.Path(self.config.data) / "tokenizer").encode(text)[: model.fixed_length]
+            where = f"config.model.fixed_text={model.fixed_text}"
+        else:
+            tokens = list(pipeline.tokens_at(self.config.data, model.fixed_length))
+            where = f"config.data={self.config.data}"
+        if len(tokens) < model.fixed_length:
+            raise UserError(
+                f"{where}: {len(tokens)} tokens are fewer than the fixed stream's (model.fixed_length={model.fixed_length})"
+            )
+        return jnp.asarray(tokens, jnp.int32)
+
+    def _compile(self) -> Any:
+        config = self.config
+        step = make_step(self.spec.graphdef, self.optimizer, make_schedule(config), config.accumulation)
+        rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32, sharding=self.rows)
+        with self.clock.measure("compile"):
+            lowered = jax.jit(
+                lambda state, rows: step(state, batch_of(rows)),
+                donate_argnums=0,
+                out_shardings=(self.spec.shardings, None),
+            ).lower(self.spec.abstract, rows)
+            return lowered.compile()
+
+    def _batches(self, first: int) -> pipeline.Batches:
+        """This process's rows of each batch from step `first` on: those its devices hold."""
+        config = self.config
+        shape = (config.batch_size, config.sequence_length + 1)
+        slices = [
+            index[0].indices(shape[0]) for index in self.rows.addressable_devices_indices_map(shape).values() if index
+        ]
+        start, stop = min(s[0] for s in slices), max(s[1] for s in slices)
+        share = stop - start
+        if shape[0] % share or start % share:
+            raise UserError(
+                f"config.mesh: process {jax.process_index()} would hold rows {start} to {stop} of a batch, not a block"
+            )
+        return pipeline.train_batches(
+            config.data,
+            config.sequence_length,
+            config.batch_size,
+            config.seed,
+            start_step=first,
+            host=start // share,
+            hosts=shape[0] // share,
+        )
+
+    def _to_devices(self, rows: np.ndarray) -> jax.Array:
+        shape = (self.config.batch_size, self.config.sequence_length + 1)
+        return jax.make_array_from_process_local_data(self.rows, rows, shape)
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        return make_meta(self.config, step, self.manifest.fingerprint, self.manifest.tokenizer["sha256"])
+
+
+class Report:
+    """Called with each step's device metrics, one step late; writes what is due."""
+
+    def __init__(self, run: Run, out: MetricWriter | None, progress: Progress, first: int):
+        self._run, self._out, self._progress = run, out, progress
+        self._logged, self._time = first, time.perf_counter()
+
+    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        config = self._run.config
+        due = step % config.log_every == 0 or step == config.steps
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"step {step}: the loss is {values['loss']}; the latest checkpoint is from before it"
+            )
+        if not due:
+            self._progress.advance(step)
+            return
+        now = time.perf_counter()
+        rate = (step - self._logged) / (now - self._time)  # steps a second
+        self._logged, self._time = step, now
+        tokens_per_second = rate * config.batch_size * config.sequence_length
+        record: dict[str, Any] = {"step": step, **values, "tokens_per_second": round(tokens_per_second, 1)}
+        if self._run.utilisation_per_rate is not None:
+            record["mfu"] = round(rate * self._run.utilisation_per_rate, 4)
+        record["seconds"] = self._run.clock.take()
+        if self._out:
+            self._out.write(record)
+        self._progress.report(step, record)

@@ -1,0 +1,45 @@
+"""AdamW with the paper's schedule: linear warm-up, half-cosine to zero; gradients clipped by their global norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deconstruct.config import Config
+
+NOT_DECAYED = ("scale", "bias")  # norms and biases, by the name of the parameter
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """Learning rate of update number `step` (from 0): the first update has 1/warmup_steps of the peak, not zero."""
+    warmup = config.optimizer.warmup_steps
+    end = config.optimizer.schedule_steps or config.steps
+
+    def schedule(step: jax.Array) -> jax.Array:
+        rise = (step + 1.0) / max(warmup, 1)
+        progress = jnp.clip((step - warmup) / max(end - warmup, 1), 0.0, 1.0)
+        fall = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return config.learning_rate * jnp.where(step < warmup, rise, fall)
+
+    return schedule
+
+
+def decay_mask(params: Any) -> Any:
+    """True for each parameter that weight decay pulls on."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    settings = config.optimizer
+    adamw = optax.adamw(
+        make_schedule(config),
+        b1=settings.beta1,
+        b2=settings.beta2,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm else adamw

@@ -1,0 +1,45 @@
+"""How far a run is: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from deconstruct.distributed import runtime
+
+
+class Progress:
+    """Shows loss, tokens/s, MFU and the time left, on process 0's standard error."""
+
+    def __init__(self, first: int, steps: int):
+        self._first, self._steps, self._started = first, steps, time.perf_counter()
+        self._speaks = runtime.is_main()
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=first, unit="step", disable=not (self._speaks and terminal))
+        self._lines = self._speaks and not terminal
+
+    def advance(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
+
+    def report(self, step: int, record: dict[str, Any]) -> None:
+        """Shows a logged record."""
+        parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        self.advance(step)
+        if self._lines:
+            left = (time.perf_counter() - self._started) / (step - self._first) * (self._steps - step)
+            print(f"step {step}/{self._steps}: {', '.join(parts)}, {_clock(left)} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,87 @@
+"""Saving a run and going on with it: what identifies a run, and what must be the same when it is continued."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from deconstruct import checkpoint
+from deconstruct.checkpoint import Checkpoints
+from deconstruct.config import Config
+from deconstruct.train.state import StateSpec, TrainState, running_form, saved_form
+from deconstruct.types import UserError
+
+# Model settings that change how the arrays are computed, not what they are.
+FREE_MODEL_KEYS = ("dtype", "impl", "scan", "remat", "init_std", "fixed_std", "fixed_text", "num_kv_heads")
+# With the data's fingerprint these determine every batch.
+DATA_KEYS = ("seed", "batch_size", "sequence_length")
+
+
+def make_meta(config: Config, step: int, data_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint says of itself. `data.position` counts the training windows consumed."""
+    return {
+        "step": step,
+        "config": config.to_dict(),
+        "layout": list(config.model.layers),
+        "tokenizer": tokenizer_fingerprint,
+        "data": {"fingerprint": data_fingerprint, "position": step * config.batch_size},
+    }
+
+
+def check_same_run(config: Config, meta: dict[str, Any], data_fingerprint: str, tokenizer_fingerprint: str) -> None:
+    """Raises UserError, naming the difference, where a checkpoint is not of the run that `config` describes."""
+    saved = Config.from_dict(meta["config"])
+    if meta["tokenizer"] != tokenizer_fingerprint:
+        raise UserError(
+            f"config.data={config.data}: its tokenizer is {tokenizer_fingerprint[:12]}, the checkpoint was trained "
+            f"with {meta['tokenizer'][:12]}; give the data it was trained on, or another --workdir"
+        )
+    if meta["data"]["fingerprint"] != data_fingerprint:
+        raise UserError(
+            f"config.data={config.data}: its fingerprint is {data_fingerprint[:12]}, the checkpoint was trained "
+            f"on {meta['data']['fingerprint'][:12]} ({saved.data}); give that data, or another --workdir"
+        )
+    differing = [(key, getattr(config, key), getattr(saved, key)) for key in DATA_KEYS]
+    differing += [
+        (f"model.{field.name}", getattr(config.model, field.name), getattr(saved.model, field.name))
+        for field in dataclasses.fields(config.model)
+        if field.name not in FREE_MODEL_KEYS
+    ]
+    differing.append(("model.num_kv_heads", config.model.kv_heads, saved.model.kv_heads))
+    for key, now, before in differing:
+        if now != before:
+            key = "layout" if key == "model.layers" else key
+            raise UserError(
+                f"config.{key}={_short(now)}, but this workdir holds a run with {_short(before)}; "
+                "set it back, or give another --workdir"
+            )
+
+
+def _short(value: Any) -> str:
+    return ",".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
+
+
+class RunCheckpoints:
+    """The checkpoints of one run: TrainStates in, TrainStates out, on the run's own mesh."""
+
+    def __init__(self, writer: Checkpoints, folder: Any, spec: StateSpec, config: Config):
+        self._writer, self._folder, self._spec = writer, folder, spec
+        plan = config.model.plan
+        self._saved_form = jax.jit(lambda state: saved_form(state, plan))
+        self._running_form = jax.jit(
+            lambda model, train: running_form(model, train, plan), out_shardings=spec.shardings
+        )
+        self._abstract = saved_form(spec.abstract, plan)
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> bool:
+        """Starts to save; the state may be donated when this returns. False where the step is saved already."""
+        model, train = self._saved_form(state)
+        return self._writer.save(step, model, train, meta)
+
+    def restore(self, step: int) -> TrainState:
+        model, train = self._abstract
+        return self._running_form(
+            checkpoint.load_model(self._folder, step, model), checkpoint.load_train(self._folder, step, train)
+        )

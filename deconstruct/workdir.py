@@ -1,0 +1,110 @@
+"""A workdir: the folder of one run, and how a model comes back out of it.
+
+config.json      the resolved configuration
+checkpoints/     one folder per saved step
+metrics.jsonl    one object per logged step; tensorboard/ holds the same
+eval.jsonl       one object per evaluated step, task and setting
+tokenizer/       the tokenizer of the training data
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from typing import Any, Literal
+
+import jax
+from etils import epath
+from flax import nnx
+
+from deconstruct import checkpoint
+from deconstruct.config import Config, ModelConfig
+from deconstruct.distributed.mesh import single_device_mesh
+from deconstruct.layout import replaced_layers
+from deconstruct.model.language_model import LanguageModel
+from deconstruct.model.placement import abstract_arrays
+from deconstruct.model.restack import rename_layers, to_layers, to_segments
+from deconstruct.types import UserError
+
+Skip = Literal["", "block", "mixer"]
+
+
+class Workdir:
+    """The names inside a workdir."""
+
+    def __init__(self, folder: os.PathLike[str] | str):
+        self.folder = epath.Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.config_file = self.folder / "config.json"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.evaluations = self.folder / "eval.jsonl"
+        self.tokenizer = self.folder / "tokenizer"
+
+    def write_config(self, config: Config) -> None:
+        temporary = self.folder / "config.json.tmp"
+        temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        temporary.replace(self.config_file)
+
+    def read_config(self) -> Config:
+        if not self.config_file.exists():
+            raise UserError(f"--workdir={self.folder}: no config.json there; `deconstruct train` makes a workdir")
+        return Config.from_dict(json.loads(self.config_file.read_text()))
+
+    def step(self, step: int | None) -> int:
+        """`step`, or the latest that is saved. Raises UserError where there is none."""
+        if step is not None:
+            return step
+        latest = checkpoint.latest_step(self.checkpoints)
+        if latest is None:
+            raise UserError(f"--workdir={self.folder}: no finished checkpoint there yet")
+        return latest
+
+
+def restore_model(
+    workdir: os.PathLike[str] | str,
+    step: int | None = None,
+    *,
+    skip: Skip = "",
+    mesh: jax.sharding.Mesh | None = None,
+    **changes: Any,
+) -> LanguageModel:
+    """A live model from a checkpoint (default: the latest), its parameters alone, on whatever devices are here.
+
+    skip: "block" leaves the layers that are not standard out altogether, "mixer" only their mixers' branches. mesh:
+    where to put it, default the first device. Keyword arguments change model settings that leave parameters alone
+    (dtype, impl, scan, remat). Raises UserError, `CheckpointGoneError` where the step is not (or no longer) there.
+    """
+    place = Workdir(workdir)
+    step = place.step(step)
+    saved = Config.from_dict(checkpoint.read_meta(place.checkpoints, step)["config"]).model
+    config, kept = skipped(dataclasses.replace(saved, **changes), skip)
+    mesh = mesh or single_device_mesh()
+    graphdef, params, frozen = abstract_arrays(config, mesh)
+    abstract = {"params": to_layers(params, config.plan), "frozen": frozen}
+    on_disk = {**abstract, "params": rename_layers(abstract["params"], dict(enumerate(kept)))}
+    arrays = checkpoint.load_model(place.checkpoints, step, on_disk, partial=bool(skip))
+    by_layer = rename_layers(arrays["params"], {old: new for new, old in enumerate(kept)})
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+        params = jax.jit(lambda tree: to_segments(tree, config.plan), out_shardings=shardings)(by_layer)
+    return nnx.merge(graphdef, params, arrays["frozen"])
+
+
+def skipped(config: ModelConfig, skip: Skip) -> tuple[ModelConfig, tuple[int, ...]]:
+    """The model without its layers that are not standard (or without their mixers), and the layers that are kept."""
+    every = tuple(range(len(config.layers)))
+    replaced = replaced_layers(config.layers)
+    if not skip or not replaced:
+        return config, every
+    if skip == "mixer":
+        layers = tuple(None if i in replaced else name for i, name in enumerate(config.layers))
+        return dataclasses.replace(config, layers=layers), every
+    kept = tuple(i for i in every if i not in replaced)
+    if not kept:
+        raise UserError(
+            "--skip removes every layer that is not standard, and this model has no other; it takes a hybrid"
+        )
+    layers = tuple(config.layers[i] for i in kept)
+    return dataclasses.replace(config, layers=layers, num_layers=len(kept)), kept

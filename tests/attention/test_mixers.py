@@ -1,0 +1,118 @@
+"""Every pair of source and form, and every other mixer, inside the model it is made for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deconstruct import accounting
+from deconstruct.attention.attention import Attention
+from deconstruct.attention.base import Context
+from deconstruct.attention.variants import find_variant, make_mixer
+from deconstruct.layers import rope_tables
+from deconstruct.model.language_model import build_model
+from deconstruct.types import Streams
+from tests.tiny import MIXER_NAMES, PAIRS, tiny_config
+
+LENGTH = 7
+
+
+def context(config, static):
+    cos, sin = rope_tables(jnp.arange(LENGTH), config.head_dim, config.rope_theta)
+    return Context(cos, sin, static)
+
+
+@pytest.mark.parametrize("name", MIXER_NAMES)
+def test_causality_by_gradient(name):
+    """d out_i / d in_j: not zero for the past and the present, exactly zero for the future; a mixer without maps has
+    no past."""
+    config = tiny_config({"init_std": 0.5}).model
+    mixer = make_mixer(name, config, nnx.Rngs(params=0))
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[1], (1, LENGTH, config.hidden_size))
+
+    def out(h):
+        streams = Streams(h, x if mixer.fixed_source else None)
+        static = streams if mixer.reads_static else Streams(None)
+        return mixer(streams, static, context(config, static)).h.sum(axis=(0, 2))
+
+    h = jax.random.normal(keys[0], (1, LENGTH, config.hidden_size))
+    jacobian = np.abs(np.asarray(jax.jit(jax.jacrev(out))(h))).sum(axis=(1, 3))  # [out position, in position]
+    past, future = np.tril_indices(LENGTH, -1), np.triu_indices(LENGTH, 1)
+    assert np.all(jacobian[future] == 0)
+    assert np.all(np.diag(jacobian) > 0)
+    if isinstance(mixer, Attention):
+        assert np.all(jacobian[past] > 0)
+    else:
+        assert np.all(jacobian[past] == 0)
+
+
+@pytest.mark.parametrize("name", MIXER_NAMES)
+def test_maps_depend_on_the_batch_unless_the_source_is_fixed(name):
+    config = tiny_config({"init_std": 0.3}, variant=name, layout="uniform").model
+    model = build_model(config, seed=1)
+    tokens = jax.random.randint(jax.random.key(0), (3, LENGTH), 0, config.vocab_size)
+    maps = jax.jit(lambda t: model.attention_maps(t))(tokens)
+    assert len(maps) == config.num_layers
+    for layer in maps:
+        if find_variant(name).mixer is not None:
+            assert layer is None
+        elif find_variant(name).source.fixed:
+            assert layer.shape == (1, config.num_heads, LENGTH, LENGTH)
+        else:
+            assert layer.shape == (3, config.num_heads, LENGTH, LENGTH)
+            assert float(jnp.abs(layer[0] - layer[1]).max()) > 1e-4
+    if any(layer is not None for layer in maps):
+        np.testing.assert_allclose(maps[0].sum(-1), 1.0, atol=1e-4)  # float32; see test_forms
+        moved = float(jnp.abs(maps[0] - maps[1]).max())
+        assert moved > 1e-4  # each layer has its own W_Q and W_K
+
+
+@pytest.mark.parametrize("block", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_parameters_equal_standards(block, kv_heads):
+    """Exactly, for every pair; the MLP within 0.1 % at a size where rounding its width can be that small."""
+    for name in PAIRS:
+        config = tiny_config({"block": block, "num_kv_heads": kv_heads}, variant=name).model
+        assert accounting.difference_from_standard(config) == 0, name
+    config = tiny_config(
+        {"block": block, "num_kv_heads": kv_heads * 2, "hidden_size": 896, "num_heads": 8}, variant="mlp"
+    ).model
+    standard = accounting.standard_mixer_parameters(config)
+    assert abs(accounting.difference_from_standard(config)) / config.num_layers < 1e-3 * standard
+
+
+@pytest.mark.parametrize(("size", "width"), [((768, 12), 1025), ((512, 8), 684), ((896, 14), 1196)])
+def test_mlp_width_of_the_paper(size, width):
+    d, heads = size
+    config = tiny_config({"hidden_size": d, "num_heads": heads}, variant="mlp").model
+    mixer = nnx.eval_shape(lambda: make_mixer("mlp", config, nnx.Rngs(params=0)))
+    assert mixer.width == width
+    assert accounting.difference_from_standard(config) == config.num_layers * (3 * d * width - 4 * d * d - 3 * d)
+
+
+@pytest.mark.parametrize("name", MIXER_NAMES)
+def test_cost_formula_is_what_xla_counts(name):
+    """Of the unrolled reference, within 5 %: the formulas count matmuls, XLA element-wise work as well."""
+    config = tiny_config(
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 2,
+            "vocab_size": 256,
+            "scan": False,
+            "impl": "reference",
+        },
+        variant=name,
+        layout="uniform",
+        sequence_length=128,
+    ).model
+    model = build_model(config)
+    batch, length = 3, 128
+    tokens = jnp.zeros((batch, length), jnp.int32)
+    graphdef, state = nnx.split(model)
+    compiled = jax.jit(lambda s, t: nnx.merge(graphdef, s)(t)).lower(state, tokens).compile()
+    counted = compiled.cost_analysis()["flops"]
+    formula = accounting.forward_flops(config, batch, length).dense
+    assert abs(counted / formula - 1) < 0.05, (counted, formula)

@@ -1,0 +1,73 @@
+"""What the tests of this folder share: seeded inputs, and the definitions evaluated in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deconstruct.kernels import reference
+
+# float32 keeps 24 bits (6e-8); sums of some 100 terms in another order lose one or two digits, relative to the largest
+# entry of the array. Ten times that is still a thousand times below any mistake of scale or mask.
+FLOAT32 = 5e-6
+
+WEIGHTS = {
+    "softmax": reference.softmax_weights,
+    "taylor": reference.taylor_weights,
+    "taylor_diagonal": reference.taylor_diagonal_weights,
+    "self_gate": reference.self_gate_weights,
+}
+
+# (Bq, Bv, L, H, K, dh, dv): MHA and GQA, one map a row and one for all rows, odd lengths, dv other than dh.
+SHAPES = [(2, 2, 63, 4, 2, 8, 6), (1, 3, 60, 2, 2, 8, 8), (1, 2, 130, 4, 2, 4, 6), (2, 2, 1, 2, 1, 4, 4)]
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def inputs(shape: tuple[int, ...], seed: int = 0) -> Arrays:
+    """q, k, v and a cotangent of the output, float64, of independent normal entries."""
+    batch_qk, batch, length, heads, kv_heads, dh, dv = shape
+    rng = np.random.default_rng(seed)
+    sizes = (
+        (batch_qk, length, heads, dh),
+        (batch_qk, length, kv_heads, dh),
+        (batch, length, kv_heads, dv),
+        (batch, length, heads, dv),
+    )
+    q, k, v, g = (rng.normal(size=size) for size in sizes)
+    return q, k, v, g
+
+
+def definition(weights: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda q, k, v: reference.apply_weights(weights(q, k), v)
+
+
+def value_and_gradients(mix: Callable[..., jax.Array], arrays: Arrays, dtype: str) -> tuple[np.ndarray, ...]:
+    """out, dq, dk, dv as float64 numpy arrays, computed in `dtype` (float64: in a 64-bit context)."""
+
+    @jax.jit
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(mix, q, k, v)
+        return out, *pull(g)
+
+    with jax.enable_x64(dtype == "float64"):
+        results = both(*(jnp.asarray(x, dtype) for x in arrays))
+        assert all(x.dtype == jnp.dtype(dtype) for x in results)
+        return tuple(np.asarray(x.astype(jnp.float64 if dtype == "float64" else jnp.float32)) for x in results)
+
+
+def assert_near(got: np.ndarray, want: np.ndarray, tolerance: float, floor: float = 0.1) -> None:
+    """The largest difference, relative to the largest entry wanted (or to `floor`, where all that is wanted
+    cancels to about zero, though its terms are of order one)."""
+    assert got.shape == want.shape
+    assert np.isfinite(got).all()
+    error = np.abs(got - want).max() / max(np.abs(want).max(), floor)
+    assert error <= tolerance, f"relative error {error:.1e} above {tolerance:.1e}"
+
+
+def assert_all_near(got: tuple[np.ndarray, ...], want: tuple[np.ndarray, ...], tolerance: float) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert_near(a, b, tolerance)

@@ -1,0 +1,72 @@
+"""Sequences taken in pieces: split, resume, and the cache, equal to one pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from deconstruct.kernels import self_gate, softmax, taylor, taylor_diagonal
+
+STATEFUL = {
+    "taylor": taylor.taylor_chunked,
+    "taylor_diagonal": taylor_diagonal.taylor_diagonal_attention,
+    "self_gate": self_gate.self_gate_attention,
+}
+LENGTH = 22
+
+
+@pytest.mark.parametrize("shape", [(2, 2, LENGTH, 4, 2, 4, 6), (1, 3, LENGTH, 2, 2, 4, 4)], ids=str)
+@pytest.mark.parametrize("form", STATEFUL)
+def test_pieces_equal_one_pass(form, shape):
+    arrays = oracle.inputs(shape, seed=11)
+    want = oracle.value_and_gradients(oracle.definition(oracle.WEIGHTS[form]), arrays, "float64")[0]
+    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in arrays)
+    mix = jax.jit(STATEFUL[form], static_argnames="chunk")
+    states = []
+    for piece in (LENGTH, 7, 1) if shape[0] > 1 else (LENGTH, 7):
+        state, outs = None, []
+        for first in range(0, LENGTH, piece):
+            part = (x[:, first : first + piece] for x in (q, k, v))
+            out, state = mix(*part, state, chunk=5)
+            outs.append(np.asarray(out))
+        # Near-zero first-order sums of taylor_diagonal magnify float32 roundings, as in test_fast_paths.
+        tolerance = 40 * oracle.FLOAT32 if form == "taylor_diagonal" else oracle.FLOAT32
+        oracle.assert_near(np.concatenate(outs, axis=1), want, tolerance)
+        states.append(state)
+    for other in states[1:]:
+        for name, a, b in zip(state._fields, other, states[0], strict=True):
+            assert a.dtype == b.dtype == jnp.float32, name
+            oracle.assert_near(np.asarray(a), np.asarray(b), oracle.FLOAT32)
+
+
+@pytest.mark.parametrize("form", STATEFUL)
+def test_gradient_reaches_through_the_state(form):
+    arrays = oracle.inputs((1, 2, LENGTH, 2, 1, 4, 4), seed=12)
+
+    def in_two(q, k, v):
+        first, state = STATEFUL[form](q[:, :9], k[:, :9], v[:, :9], chunk=4)
+        second, _ = STATEFUL[form](q[:, 9:], k[:, 9:], v[:, 9:], state, chunk=4)
+        return jnp.concatenate([first, second], axis=1)
+
+    want = oracle.value_and_gradients(oracle.definition(oracle.WEIGHTS[form]), arrays, "float64")
+    # float64, so that the conditioning of taylor_diagonal does not matter: what is missing from a gradient is large.
+    oracle.assert_all_near(oracle.value_and_gradients(in_two, arrays, "float64"), want, 1e-10)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, LENGTH, 4, 2, 4, 6), (1, 3, LENGTH, 2, 2, 4, 4)], ids=str)
+@pytest.mark.parametrize("traced", [True, False])
+def test_softmax_cache_equals_one_pass(shape, traced):
+    arrays = oracle.inputs(shape, seed=13)
+    want = oracle.value_and_gradients(oracle.definition(oracle.WEIGHTS["softmax"]), arrays, "float64")[0]
+    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in arrays)
+    extend = jax.jit(softmax.softmax_extend, static_argnames=() if traced else ("offset",))
+    for piece in (LENGTH, 7, 1) if traced else (7,):
+        outs = []
+        # What is not yet written is large, so that reading it would be seen.
+        caches = [jnp.full((x.shape[0], 2 * LENGTH, *x.shape[2:]), 1e4, x.dtype) for x in (k, v)]
+        for first in range(0, LENGTH, piece):
+            last = min(first + piece, LENGTH)
+            caches = [c.at[:, first:last].set(x[:, first:last]) for c, x in zip(caches, (k, v), strict=True)]
+            outs.append(np.asarray(extend(q[:, first:last], *caches, offset=first)))
+        oracle.assert_near(np.concatenate(outs, axis=1), want, oracle.FLOAT32)

@@ -1,0 +1,37 @@
+"""Tiny models that the tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deconstruct.attention.base import FORMS, MIXERS
+from deconstruct.attention.source import SOURCES
+from deconstruct.attention.variants import VARIANTS
+from deconstruct.config import Config, default_config, resolve
+
+# Every pair of source and form, and every mixer of its own: a new one is tested by existing.
+PAIRS = [f"{source}/{form}" for source in SOURCES for form in FORMS]
+MIXER_NAMES = [*PAIRS, *MIXERS]
+PAPER_NAMES = list(VARIANTS)
+
+MODEL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 40,
+    "dtype": "float32",
+    "remat": False,
+}
+TOP = {"sequence_length": 12, "batch_size": 8, "steps": 4, "data": "", "log_every": 1, "checkpoint_every": 2}
+
+
+def tiny_config(model: dict[str, Any] | None = None, **top: Any) -> Config:
+    """A resolved configuration; `model` and keyword arguments change it. Adam's epsilon is large enough that sums
+    taken in another order do not turn into other signs of an update."""
+    config = default_config()
+    config.update({**TOP, **{key: value for key, value in top.items() if not isinstance(value, dict)}})
+    config.model.update({**MODEL, **(model or {})})
+    config.optimizer.update({"warmup_steps": 1, "beta2": 0.99, "epsilon": 1e-4} | top.get("optimizer", {}))
+    config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1} | top.get("mesh", {}))
+    return resolve(config)
