@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
+import sys
+import traceback
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -140,26 +143,39 @@ def load_config(spec: str, *, arguments: Sequence[str] = (), **overrides: Any) -
     """
     words = [*arguments, *(f"--config.{key}={value}" for key, value in overrides.items())]
     path = spec.partition(":")[0]
-    if not epath.Path(path).exists():
+    if not epath.Path(path).exists() or epath.Path(path).is_dir():
         raise UserError(f"--config={spec}: there is no file {path}")
     _check_overrides(words)
     command = ["deconstruct", f"--config={spec}", *words]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    # ml_collections loads every file into this one module, where what an earlier file defined would still stand.
+    sys.modules.pop("config_config", None)
     try:
         values(command)
         loaded = values.config
-    except UserError:
-        raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        # ml_collections puts a whole traceback of the config file into its message; the last line says what is wrong.
-        raise UserError(f"--config={spec}: {str(error).strip().splitlines()[-1]}") from error
+    except Exception as error:  # a config file is a program: it may fail in any way
+        raise UserError(f"--config={spec}: {_what_failed(path, error)}") from error
+    if not isinstance(loaded, ConfigDict):
+        raise UserError(f"--config={spec}: get_config returned {loaded!r}; expected a ConfigDict")
     return resolve(loaded)
+
+
+def _what_failed(path: str, error: Exception) -> str:
+    """One line: what a config file said of its argument, or what went wrong in it and on which line."""
+    # ml_collections puts a whole traceback of the config file into some of its messages.
+    trace = "".join(traceback.format_exception(error))
+    message = trace.strip().splitlines()[-1]
+    kind, _, said = message.partition(": ")
+    if said and kind in ("ValueError", f"{UserError.__module__}.{UserError.__name__}"):
+        return said
+    numbers = re.findall(rf'File "{re.escape(path)}", line (\d+)', trace)
+    return f"{message} (line {numbers[-1]})" if numbers else message
 
 
 def resolve(config: ConfigDict) -> Config:
     """Checks a ConfigDict against the schema and fills in what is derived. Raises UserError."""
-    resolved = _from_dict(Config, config.to_dict() if isinstance(config, ConfigDict) else dict(config))
+    resolved = _from_dict(Config, config.to_dict(), derived=False)
     model = resolved.model
     _check_values(resolved)
     model = dataclasses.replace(
@@ -193,11 +209,10 @@ def known_keys(cls: type = Config, prefix: str = "") -> dict[str, type]:
 
 def _unknown_key(key: str) -> UserError:
     known = list(known_keys())
-    # A key is often right but for its group: compare the last part too.
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
-        k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]
-    ]
-    near = near or difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
+    last = key.rpartition(".")[2]
+    # A key is often right but for its group.
+    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(last, known, n=1, cutoff=0.5)
     advice = f"; did you mean {near[0]}?" if near else f"; keys are {', '.join(known)}"
     return UserError(f"config.{key} is unknown{advice}")
 
@@ -228,18 +243,19 @@ def _describe(expected: type) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[expected]
 
 
-def _from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+def _from_dict(cls: type, values: dict[str, Any], prefix: str = "", *, derived: bool = True) -> Any:
+    """`derived`: whether the keys that are not a config file's may be among the values."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     arguments = {}
     for name, value in values.items():
-        if name not in fields:
+        if name not in fields or (fields[name].metadata.get("derived") and not derived):
             raise _unknown_key(prefix + name)
         default = fields[name].default
         if dataclasses.is_dataclass(default):
             if not isinstance(value, dict):
                 raise UserError(f"config.{prefix}{name}={value!r}: expected a group of keys")
-            arguments[name] = _from_dict(type(default), value, f"{prefix}{name}.")
+            arguments[name] = _from_dict(type(default), value, f"{prefix}{name}.", derived=derived)
         elif fields[name].metadata.get("derived"):
             arguments[name] = tuple(value)
         else:
@@ -272,8 +288,10 @@ def _check_values(config: Config) -> None:
         require(getattr(config, key) >= 1, key, getattr(config, key), "must be at least 1")
     for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
         require(getattr(model, key) >= 1, f"model.{key}", getattr(model, key), "must be at least 1")
-    for key in ("num_kv_heads", "vocab_size", "fixed_length"):
+    for key in ("num_kv_heads", "vocab_size", "fixed_length", "init_std", "fixed_std"):
         require(getattr(model, key) >= 0, f"model.{key}", getattr(model, key), "must not be negative")
+    for key in ("rope_theta", "norm_epsilon"):
+        require(getattr(model, key) > 0, f"model.{key}", getattr(model, key), "must be positive")
     require(config.seed >= 0, "seed", config.seed, "must not be negative")
     require(config.learning_rate > 0, "learning_rate", config.learning_rate, "must be positive")
     require(model.block in ("qwen2", "qwen3"), "model.block", model.block, "expected qwen2 or qwen3")
@@ -320,7 +338,7 @@ def _check_values(config: Config) -> None:
     for key in ("beta1", "beta2"):
         value = getattr(optimizer, key)
         require(0 <= value < 1, f"optimizer.{key}", value, "must lie in [0, 1)")
-    for key in ("warmup_steps", "schedule_steps", "weight_decay", "clip_norm"):
+    for key in ("warmup_steps", "schedule_steps", "epsilon", "weight_decay", "clip_norm"):
         require(getattr(optimizer, key) >= 0, f"optimizer.{key}", getattr(optimizer, key), "must not be negative")
     end = optimizer.schedule_steps or config.steps
     require(
@@ -329,7 +347,9 @@ def _check_values(config: Config) -> None:
         optimizer.warmup_steps,
         f"the warm-up would not end before the schedule does, at step {end}; a smaller number would do",
     )
-    require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "must be at least 1")
+    keep, period = config.checkpoint.keep, config.checkpoint.keep_period
+    require(keep >= 1, "checkpoint.keep", keep, "must be at least 1")
+    require(period >= 0, "checkpoint.keep_period", period, "must not be negative")
 
 
 def _divisors(number: int, near: int) -> str:

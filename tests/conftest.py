@@ -10,4 +10,4 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
-jax.config.update("jax_numpy_rank_promotion", os.environ.get("RANK", "raise"))
+jax.config.update("jax_numpy_rank_promotion", "raise")

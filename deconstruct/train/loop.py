@@ -178,7 +178,7 @@ class Run:
             where = f"config.data={self.config.data}"
         if len(tokens) < model.fixed_length:
             raise UserError(
-                f"{where}: {len(tokens)} tokens are fewer than the fixed stream's (model.fixed_length={model.fixed_length})"
+                f"{where}: {len(tokens)} tokens, but the fixed stream has model.fixed_length={model.fixed_length}"
             )
         return jnp.asarray(tokens, jnp.int32)
 
