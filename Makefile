@@ -16,6 +16,24 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(VENV)/bin/python -m pytest -n 2 tests
 
+# Perplexity of every variant at a small size, on the .txt files in TEXT. About an hour on two cores.
+TEXT ?= novels
+VARIANTS := mlp non_approximate approximate static_emb_qk rnd_emb_qk fixed_seq_qk
+RUNS := standard-uniform $(VARIANTS:=-uniform) $(VARIANTS:=-even)
+
+table: $(INSTALLED)
+	$(DECONSTRUCT) prepare --input=$(TEXT) --output=prepared/novels --vocab-size=512 --row-length=1024
+	set -e; for run in $(RUNS); do \
+	  $(DECONSTRUCT) train --config=configs/small.py:variant=$${run%-*},layout=$${run#*-} --workdir=runs/table/$$run; \
+	  $(DECONSTRUCT) evaluate --workdir=runs/table/$$run --contexts=16,64,256; \
+	done
+	$(VENV)/bin/python -m deconstruct.evaluate.table runs/table
+
+# Speed of the train step beside Hugging Face transformers, in one run.
+peers: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	$(DECONSTRUCT) bench --peers
+
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

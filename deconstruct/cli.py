@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+from typing import NoReturn
 
 from deconstruct.types import UserError
 
@@ -16,8 +17,17 @@ VERBS = {
     "train": ("deconstruct.train.loop", "train, or resume, a model from a config file"),
     "evaluate": ("deconstruct.evaluate.follower", "measure perplexity of a run's checkpoints"),
     "describe": ("deconstruct.describe", "show a config's layers, parameters, FLOPs and cache, without training"),
+    "generate": ("deconstruct.generate", "continue prompts with a run's model"),
+    "bench": ("deconstruct.bench", "measure the speed of the train step, alone or beside transformers"),
 }
 USER_ERROR, FAILURE = 2, 1
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other mistake of the user is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -25,9 +35,7 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     overrides = [word for word in words if word.startswith("--config.")]
     rest = [word for word in words if not word.startswith("--config.")]
-    parser = argparse.ArgumentParser(
-        prog="deconstruct", description="Language models with attention taken apart.", allow_abbrev=False
-    )
+    parser = Parser(prog="deconstruct", description="Language models with attention taken apart.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = next((word for word in rest if not word.startswith("-")), None)
     for name, (module, what) in VERBS.items():

@@ -290,6 +290,7 @@ def _check_values(config: Config) -> None:
         require(getattr(model, key) >= 1, f"model.{key}", getattr(model, key), "must be at least 1")
     for key in ("num_kv_heads", "vocab_size", "fixed_length", "init_std", "fixed_std"):
         require(getattr(model, key) >= 0, f"model.{key}", getattr(model, key), "must not be negative")
+    require(config.variant != "", "variant", "", "expected a name, such as standard")
     for key in ("rope_theta", "norm_epsilon"):
         require(getattr(model, key) > 0, f"model.{key}", getattr(model, key), "must be positive")
     require(config.seed >= 0, "seed", config.seed, "must not be negative")

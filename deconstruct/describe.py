@@ -8,6 +8,7 @@ from typing import Any
 
 from deconstruct import accounting
 from deconstruct.config import Config, load_config
+from deconstruct.types import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.batch < 1:
+        raise UserError(f"--batch={arguments.batch}: must be at least 1")
     description = describe(load_config(arguments.config, arguments=arguments.overrides), arguments.batch)
     print(json.dumps(description) if arguments.json else as_text(description))
     return 0

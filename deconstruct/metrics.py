@@ -57,11 +57,13 @@ class MetricWriter:
     def write(self, record: dict[str, Any]) -> None:
         """`record` has `step` and scalars, possibly in groups."""
         append_jsonl(self._path, record)
+        step = record["step"]
         for key, value in record.items():
-            group = value if isinstance(value, dict) else {key: value}
-            for name, scalar in group.items():
-                if name != "step":
-                    self._events.add_scalar(name if group is not value else f"{key}/{name}", scalar, record["step"])
+            if isinstance(value, dict):
+                for name, scalar in value.items():
+                    self._events.add_scalar(f"{key}/{name}", scalar, step)
+            elif key != "step":
+                self._events.add_scalar(key, value, step)
 
     def close(self) -> None:
         self._events.close()

@@ -50,7 +50,8 @@ def imported(name):
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [base])])
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *filter(None, [base])])
             if base.split(".")[0] == "deconstruct":
                 # `from package import x`: x is a module, or a name in the package.
                 found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names}

@@ -7,6 +7,7 @@ k and v in Qwen2 blocks, RMSNorm over head_dim on q and k (before RoPE) in Qwen3
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 from flax import nnx
@@ -70,6 +71,26 @@ class Attention(Mixer):
     def maps(self, streams: Streams, static: Streams, context: Context) -> jax.Array:
         q, k = self._queries_and_keys(streams, static, context)
         return self.form.weights(q.h, k.h)
+
+    def constants(self, x: jax.Array, context: Context) -> Any:
+        """Queries and keys of a fixed source at every position: they do not depend on what is decoded."""
+        return {"q": self.queries(x, context), "k": self.keys(x, context)} if self.source.fixed else None
+
+    def init_cache(self, batch: int, length: int, size: int, dtype: Any) -> Any:
+        return self.form.init_cache(self.shape(batch, length), dtype)
+
+    def extend(
+        self, h: jax.Array, static: jax.Array | None, cache: Any, constants: Any, context: Context, start: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        window = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=h.shape[1])
+        if self.source.fixed:
+            q, k = window(constants["q"], axis=1), window(constants["k"], axis=1)
+        else:
+            inputs = self.source.read(Streams(h), Streams(static)).h
+            here = context._replace(cos=window(context.cos), sin=window(context.sin))
+            q, k = self.queries(inputs, here), self.keys(inputs, here)
+        mixed, cache = self.form.extend(q, k, constrain(self.v_proj(h), HEADS), cache)
+        return self.o_proj(constrain(mixed, HEADS)), cache
 
     def shape(self, batch: int, length: int) -> Shape:
         """The sizes of this layer's queries, keys and values."""

@@ -143,6 +143,33 @@ class Mixer(nnx.Module):
         """The attention map of h, float32 [B or 1, heads, L, L]; None where nothing is mixed."""
         return None
 
+    # Decoding. The defaults keep the mixer's inputs and run it over all of them again, which is right for whatever
+    # is causal.
+
+    def constants(self, x: jax.Array, context: Context) -> Any:
+        """What of the normed fixed stream x [1, S, d] decoding needs, for all S positions at once."""
+        return x if self.fixed_source else None
+
+    def init_cache(self, batch: int, length: int, size: int, dtype: Any) -> Any:
+        """An empty cache for `length` positions of `batch` sequences of width `size`: a pytree of arrays."""
+        kept = {"h": jnp.zeros((batch, length, size), dtype)}
+        return {**kept, "static": jnp.zeros((batch, length, size), dtype)} if self.reads_static else kept
+
+    def extend(
+        self, h: jax.Array, static: jax.Array | None, cache: Any, constants: Any, context: Context, start: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """C more positions [B, C, d], from position `start` on, after those in the cache: what is added to the
+        residual.
+
+        `context` holds the tables of all positions the cache has room for.
+        """
+        update = jax.lax.dynamic_update_slice_in_dim
+        cache = {**cache, "h": update(cache["h"], h.astype(cache["h"].dtype), start, axis=1)}
+        if static is not None:
+            cache["static"] = update(cache["static"], static.astype(cache["static"].dtype), start, axis=1)
+        out = self(Streams(cache["h"], constants), Streams(cache.get("static"), None), context)
+        return jax.lax.dynamic_slice_in_dim(out.h, start, h.shape[1], axis=1), cache
+
     def flops(self, batch: int, length: int) -> Flops:
         """Of the whole mixer, projections included, over `batch` sequences (and the fixed stream, if it reads one)."""
         raise NotImplementedError

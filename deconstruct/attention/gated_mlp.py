@@ -6,6 +6,9 @@ differ by less than 0.1 % of the attention block, and are exact where 3 d divide
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 from flax import nnx
 
 from deconstruct.attention.base import Context, Flops, Mixer, register_mixer
@@ -38,6 +41,14 @@ class GatedMLP(Mixer):
 
     def __call__(self, streams: Streams, static: Streams, context: Context) -> Streams:
         return streams.map(self.mlp)
+
+    def init_cache(self, batch: int, length: int, size: int, dtype: Any) -> Any:
+        return ()
+
+    def extend(
+        self, h: jax.Array, static: jax.Array | None, cache: Any, constants: Any, context: Context, start: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        return self.mlp(h), cache
 
     def flops(self, batch: int, length: int) -> Flops:
         return Flops.exactly(6.0 * batch * length * self.size * self.width)

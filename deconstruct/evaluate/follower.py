@@ -75,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.follow and arguments.step is not None:
         raise UserError("--follow evaluates every step; leave --step out")
+    if arguments.max_tokens < 0:
+        raise UserError(f"--max-tokens={arguments.max_tokens}: must not be negative; 0 takes all")
+    if not arguments.poll > 0:
+        raise UserError(f"--poll={arguments.poll}: must be positive")
     place = Workdir(arguments.workdir)
     while arguments.follow and not place.config_file.exists():
         time.sleep(arguments.poll)  # the trainer has not begun yet
@@ -129,7 +133,10 @@ class Evaluator:
         latest = checkpoint.latest_step(self.place.checkpoints)
         if latest is None:
             return  # nothing saved yet: --follow meets the first checkpoint with the trainer's own data
-        trained = checkpoint.read_meta(self.place.checkpoints, latest)["data"]["fingerprint"]
+        try:
+            trained = checkpoint.read_meta(self.place.checkpoints, latest)["data"]["fingerprint"]
+        except CheckpointGoneError:  # a later one has taken its place
+            return self._check_data(data, fingerprint)
         if trained != fingerprint:
             raise UserError(
                 f"--data={data}: its fingerprint is {fingerprint[:12]}, the run was trained on {trained[:12]}"
@@ -194,7 +201,7 @@ def _stride(context: int, kind: str, stride: int | None) -> int:
         if stride is not None:
             raise UserError(f"--stride={stride}: non-overlapping windows have none; add --windows=sliding")
         return context
-    stride = stride or max(1, context // 2)
+    stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
         raise UserError(f"--stride={stride}: expected 1 to the context, {context}")
     return stride

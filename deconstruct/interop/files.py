@@ -45,31 +45,31 @@ class Tensors:
     """
 
     def __init__(self, folder: Path):
-        self._places = _shards(folder)
-        self._open = {path: _opened(path) for path in dict.fromkeys(self._places.values()) if path}
-        if list(self._places) == [""]:  # one file, without an index
-            (path,) = self._open
-            self._places = dict.fromkeys(self._open[path].keys(), path)
+        self._open: dict[str, tuple[Path, Any]] = {}  # by the name of a tensor
         self.arrays: dict[str, Array] = {}
-        for name, path in self._places.items():
-            if name not in self._open[path].keys():  # noqa: SIM118 (a handle, not a dict)
-                raise UserError(f"{path}: has no tensor {name}, which {INDEX} places there")
-            header = self._open[path].get_slice(name)
-            dtype = header.get_dtype()
-            self.arrays[name] = Array(tuple(header.get_shape()), DTYPES.get(dtype, dtype))
+        for path, expected in _shards(folder).items():
+            handle = _opened(path)
+            names = set(handle.keys())
+            for name in sorted(names) if expected is None else expected:
+                if name not in names:
+                    raise UserError(f"{path}: has no tensor {name}, which {INDEX} places there")
+                header = handle.get_slice(name)
+                dtype = header.get_dtype()
+                self._open[name] = path, handle
+                self.arrays[name] = Array(tuple(header.get_shape()), DTYPES.get(dtype, dtype))
 
     def read(self, name: str) -> np.ndarray:
         """The array as it is stored (bfloat16 by ml_dtypes)."""
-        return self._open[self._places[name]].get_tensor(name)
+        return self._open[name][1].get_tensor(name)
 
     def where(self, name: str) -> Path:
-        return self._places[name]
+        return self._open[name][0]
 
 
-def _shards(folder: Path) -> dict[str, Path]:
-    """The file of each tensor; {"": file} where there is only one."""
+def _shards(folder: Path) -> dict[Path, list[str] | None]:
+    """The files, and the tensors that an index expects in each; None, whatever it holds, where there is one file."""
     if (folder / ONE_FILE).is_file():
-        return {"": folder / ONE_FILE}
+        return {folder / ONE_FILE: None}
     if not (folder / INDEX).is_file():
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
@@ -82,12 +82,14 @@ def _shards(folder: Path) -> dict[str, Path]:
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{folder / INDEX}: has no weight_map")
+    shards: dict[Path, list[str] | None] = {}
     for shard in dict.fromkeys(names.values()):
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise UserError(f"{folder / INDEX}: {shard!r} is not the name of a safetensors file in this folder")
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard}: no such file, and {INDEX} names it")
-    return {name: folder / shard for name, shard in names.items()}
+        shards[folder / shard] = [name for name, place in names.items() if place == shard]
+    return shards
 
 
 def _opened(path: Path) -> Any:
@@ -99,12 +101,18 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
 
 
-def write_safetensors(folder: Path, described: dict[str, Array], arrays: Iterable[tuple[str, np.ndarray]]) -> list[str]:
+def write_safetensors(
+    folder: Path,
+    described: dict[str, Array],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
     """Writes `arrays`, which come in the order of `described`, as one file or as shards with an index.
 
-    Each is cast to the dtype described. Returns the names of the files of tensors.
+    Each is cast to the dtype described. Returns the names of the files of tensors, which hold at most `shard_bytes` or
+    one array.
     """
-    shards = _split(described)
+    shards = _split(described, shard_bytes)
     source = iter(arrays)
     names = [ONE_FILE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in _ids(shards)]
     for file_name, shard in zip(names, shards, strict=True):
@@ -129,12 +137,11 @@ def _bytes(array: Array) -> int:
     return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
 
 
-def _split(described: dict[str, Array]) -> list[list[str]]:
-    """The names in order, in runs of at most SHARD_BYTES (or of one array that is larger)."""
+def _split(described: dict[str, Array], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name, array in described.items():
-        if shards[-1] and filled + _bytes(array) > SHARD_BYTES:
+        if shards[-1] and filled + _bytes(array) > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)

@@ -171,9 +171,11 @@ def settings_of(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         "norm_epsilon": _positive(hf.get("rms_norm_eps"), "rms_norm_eps", where),
         "init_std": _positive(hf.get("initializer_range", 0.02), "initializer_range", where),
     }
-    hidden, heads = settings["hidden_size"], settings["num_heads"]
+    hidden, heads, kv_heads = (settings[key] for key in ("hidden_size", "num_heads", "num_kv_heads"))
     if hidden % heads:
         raise UserError(f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}")
+    if heads % kv_heads:
+        raise UserError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
     if hf.get("head_dim") not in (None, hidden // heads):
         raise UserError(
             f"{where}: head_dim={_short(hf['head_dim'])} is not supported; "
@@ -185,12 +187,8 @@ def settings_of(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _kv_heads(hf: Mapping[str, Any], where: str) -> int:
     """null means as many as heads; a key that is missing does not: versions of transformers differ on it."""
-    if "num_key_value_heads" in hf and hf["num_key_value_heads"] is None:
-        return _whole(hf, "num_attention_heads", where)
-    count, heads = _whole(hf, "num_key_value_heads", where), _whole(hf, "num_attention_heads", where)
-    if heads % count:
-        raise UserError(f"{where}: num_key_value_heads={count} does not divide num_attention_heads={heads}")
-    return count
+    unset = "num_key_value_heads" in hf and hf["num_key_value_heads"] is None
+    return _whole(hf, "num_attention_heads" if unset else "num_key_value_heads", where)
 
 
 def _rope_theta(hf: Mapping[str, Any], where: str) -> float:
@@ -219,14 +217,15 @@ def _check_windows(hf: Mapping[str, Any], count: int, where: str) -> None:
     """Refuses a window that some layer uses; many configs state one and switch it off."""
     kinds = hf.get("layer_types")
     if kinds is not None:
-        if set(kinds) - {"full_attention"}:
-            raise UserError(f"{where}: layer_types names {sorted(set(kinds))}; only full_attention is supported")
+        other = next((kind for kind in kinds if kind != "full_attention"), None)
+        if other is not None:
+            raise UserError(f"{where}: layer_types={other!r} is not supported; only full_attention is")
         return
     window, first = hf.get("sliding_window"), hf.get("max_window_layers", 28)
-    if hf.get("use_sliding_window") and window is not None and first < count:
+    if hf.get("use_sliding_window") and window is not None and not (isinstance(first, int) and first >= count):
         raise UserError(
-            f"{where}: use_sliding_window=true (sliding_window={window}, from layer {first + 1} of {count} on) is not "
-            "supported"
+            f"{where}: use_sliding_window=true (sliding_window={window}, all but the first {first} of {count} layers) "
+            "is not supported"
         )
 
 
@@ -286,10 +285,12 @@ def config_json(model: ModelConfig, dtype: str, positions: int) -> dict[str, Any
 def own_config_json(config: Config, dtype: str) -> dict[str, Any]:
     """The config.json of a model that transformers does not know."""
     own = {key: getattr(config, key) for key in ("variant", "layout", "sequence_length")}
-    model = dataclasses.asdict(config.model)
+    # impl and fixed_text speak of the machine; the fixed text's tokens are among the arrays.
+    model = {key: value for key, value in dataclasses.asdict(config.model).items() if key not in ("impl", "fixed_text")}
     return {
         "architectures": [OWN_ARCHITECTURE],
         "model_type": OWN_TYPE,
+        "layer_types": list(config.model.layers),  # transformers' own key: it checks these against the kinds it knows
         "dtype": dtype,
         OWN_KEY: {**own, "layers": list(model.pop("layers")), "model": model},
     }

@@ -94,17 +94,21 @@ class LanguageModel(nnx.Module):
     def start(self, tokens: jax.Array) -> tuple[Streams, Context]:
         """The streams before the first layer, and what all layers read. tokens int32 [B, L]."""
         config, length = self.config, tokens.shape[1]
-        x = None
-        if self.fixed is not None:
-            if length > config.fixed_length:
-                raise UserError(
-                    f"{length} tokens are more than the fixed stream ({self.fixed_source}) of this model has: "
-                    f"{config.fixed_length} (model.fixed_length)"
-                )
-            x = self._source().start(self.fixed[...], length, self.embed, config.dtype)
-        streams = Streams(constrain(self.embed(tokens), RESIDUAL), x)
+        streams = Streams(constrain(self.embed(tokens), RESIDUAL), self.fixed_stream(length))
         cos, sin = rope_tables(jnp.arange(length), config.head_dim, config.rope_theta)
         return streams, Context(cos, sin, streams if reads_static(config.layers) else Streams(None))
+
+    def fixed_stream(self, length: int) -> jax.Array | None:
+        """x before the first layer, [1, length, d]; None where no layer reads it. Raises UserError beyond its
+        length."""
+        if self.fixed is None:
+            return None
+        if length > self.config.fixed_length:
+            raise UserError(
+                f"{length} tokens are more than the fixed stream ({self.fixed_source}) of this model has: "
+                f"{self.config.fixed_length} (model.fixed_length)"
+            )
+        return self._source().start(self.fixed[...], length, self.embed, self.config.dtype)
 
     def _source(self) -> type[FixedSource]:
         source = SOURCES[str(self.fixed_source)]

@@ -45,6 +45,22 @@ class Block(nnx.Module):
         streams = streams.map(lambda x: x + self.mlp(self.mlp_norm(x)))
         return streams.map(lambda x: constrain(x, RESIDUAL))
 
+    def extend(
+        self, h: jax.Array, cache: Any, constants: Any, context: Context, start: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """C more positions of the batch [B, C, d] after those in the cache; `context.static` holds those C alone."""
+        if self.mixer is not None:
+            normed, static = self._mixer_inputs(Streams(h), context)
+            mixed, cache = self.mixer.extend(normed.h, static.h, cache, constants, context, start)
+            h = h + mixed
+        return constrain(h + self.mlp(self.mlp_norm(h)), RESIDUAL), cache
+
+    def constants(self, streams: Streams, context: Context) -> Any:
+        """What decoding needs of the fixed stream entering this layer."""
+        if self.mixer is None or streams.x is None or self.mixer_norm is None:
+            return None
+        return self.mixer.constants(self.mixer_norm(streams.x), context)
+
     def maps(self, streams: Streams, context: Context) -> jax.Array | None:
         """The attention map of this layer; None where nothing is mixed."""
         return None if self.mixer is None else self.mixer.maps(*self._mixer_inputs(streams, context), context)
@@ -102,6 +118,17 @@ class Stack(nnx.Module):
             streams, records = _run_segment(blocks, segment.repeats, streams, context, record, self.config.remat)
             recorded.append(records)
         return streams, [layer_state(recorded[s][position], repeat) for s, position, repeat in places(plan)]
+
+    def extend(
+        self, h: jax.Array, caches: tuple[Any, ...], constants: tuple[Any, ...], context: Context, start: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """C more positions through all layers, one after the other: a cache that is not stacked can be updated in
+        place."""
+        extended = []
+        for i, (cache, constant) in enumerate(zip(caches, constants, strict=True)):
+            h, cache = self.layer(i).extend(h, cache, constant, context, start)
+            extended.append(cache)
+        return h, tuple(extended)
 
     def layer(self, index: int) -> Block:
         """The block of one layer, with its own parameters; for looking at, not for training."""

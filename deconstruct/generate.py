@@ -1,0 +1,304 @@
+"""`deconstruct generate`: text from a run's checkpoint, decoded with each variant's own cache or state.
+
+All sequences of a batch advance together. One whose prompt is longer than the shortest is fed its own tokens while the
+others already sample, so prompts of unequal length need neither padding nor masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from deconstruct.data import tokenizer
+from deconstruct.model import decode
+from deconstruct.model.language_model import LanguageModel
+from deconstruct.model.sampling import Sampling, choose, choose_greedily
+from deconstruct.types import UserError
+from deconstruct.workdir import Workdir, restore_model
+
+CACHE_STEP = 128  # cache lengths are multiples of it, so that few programs are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to decode; the flags of the verb, by the same names."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    samples: int = 1
+    stop: tuple[str, ...] = ()
+    batch_size: int = 8
+
+    def check(self) -> None:
+        """Raises UserError for a value outside its range."""
+        rules = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
+            "temperature": (self.temperature >= 0, "must not be negative"),
+            "top_k": (self.top_k >= 0, "must not be negative (0: all)"),
+            "top_p": (0 < self.top_p <= 1, "must lie in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "must lie in [0, 1]"),
+            "repetition_penalty": (self.repetition_penalty > 0, "must be positive (1: none)"),
+            "samples": (self.samples >= 1, "must be at least 1"),
+            "batch_size": (self.batch_size >= 1, "must be at least 1"),
+            "seed": (0 <= self.seed < 2**31, "must lie in [0, 2^31)"),
+        }
+        for name, (holds, what) in rules.items():
+            if not holds:
+                raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: {what}")
+
+
+@dataclasses.dataclass
+class Request:
+    """One sequence: its prompt, and what has come out so far. `stop` is why it ended: length, stop or end_of_text."""
+
+    prompt: str
+    tokens: list[int]
+    seed: int
+    sample: int = 0
+    output: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    stop: str = ""
+
+
+class Generator:
+    """Decodes requests with one model; compiled programs are kept for batches and cache lengths met before."""
+
+    def __init__(self, model: LanguageModel, text: tokenizer.Tokenizer, settings: Settings):
+        self.model, self.text, self.settings = model, text, settings
+        self._graphdef, self._state = nnx.split(model)
+        self._programs = functools.lru_cache(maxsize=8)(self._compile)
+
+    def generate(self, requests: Sequence[Request], on_text: Callable[[Request, str], None] | None = None) -> None:
+        """Fills in `output`, `text` and `stop` of each request; prompts of like length share a batch.
+
+        `on_text` is called with each new piece of text. Raises UserError for a prompt the model cannot take.
+        """
+        for request in requests:
+            self._check(request)
+        ordered = sorted(requests, key=lambda request: len(request.tokens))
+        for start in range(0, len(ordered), self.settings.batch_size):
+            self._batch(ordered[start : start + self.settings.batch_size], on_text)
+
+    def _check(self, request: Request) -> None:
+        vocabulary, config = self.model.config.vocab_size, self.model.config
+        if not request.tokens:
+            raise UserError("the prompt is empty; give at least one token")
+        unknown = [token for token in request.tokens if not 0 <= token < vocabulary]
+        if unknown:
+            raise UserError(f"prompt token {unknown[0]} is unknown; this model has the ids 0 to {vocabulary - 1}")
+        needed = len(request.tokens) + self.settings.max_new_tokens
+        if self.model.fixed is not None and needed > config.fixed_length:
+            raise UserError(
+                f"a prompt of {len(request.tokens)} tokens and --max-new-tokens={self.settings.max_new_tokens} are more "
+                f"than the fixed stream ({self.model.fixed_source}) of this model has: {config.fixed_length} positions"
+            )
+
+    def _compile(self, batch: int, length: int, greedy: bool) -> tuple[Any, Any, Any]:
+        graphdef, vocabulary = self._graphdef, self.model.config.vocab_size
+        rows = jnp.arange(batch)
+
+        def advance(
+            state: Any, constants: Any, tokens: jax.Array, cache: decode.Cache, seen: jax.Array, forced: jax.Array,
+            sampling: Sampling,
+        ) -> tuple[jax.Array, decode.Cache, jax.Array]:  # fmt: skip
+            """tokens [B, C] in; the next one of each sequence [B, 1] out: its prompt's, or (forced < 0) a new one."""
+            seen = seen.at[rows[:, None], tokens].set(True)
+            logits, cache = decode.extend(nnx.merge(graphdef, state), tokens, cache, constants, length)
+            if greedy:
+                chosen = choose_greedily(logits, seen, sampling)
+            else:
+                chosen = choose(logits, seen, sampling, cache.position)
+            return jnp.where(forced >= 0, forced, chosen)[:, None], cache, seen
+
+        constants = jax.jit(lambda state: decode.decoding_constants(nnx.merge(graphdef, state), length))(self._state)
+        start = jax.jit(lambda: (decode.init_cache(self.model, batch, length), jnp.zeros((batch, vocabulary), bool)))
+        return constants, start, jax.jit(advance, donate_argnums=(3, 4))
+
+    def _batch(self, requests: list[Request], on_text: Callable[[Request, str], None] | None) -> None:
+        settings, config = self.settings, self.model.config
+        prompts = [request.tokens for request in requests]
+        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+        end = longest + settings.max_new_tokens
+        length = -(-end // CACHE_STEP) * CACHE_STEP
+        if self.model.fixed is not None:
+            length = min(length, config.fixed_length)
+        constants, start, advance = self._programs(len(requests), length, settings.temperature == 0)
+        sampling = self._sampling(requests)
+        cache, seen = start()
+        tokens = jnp.asarray([prompt[:shortest] for prompt in prompts], jnp.int32)
+        pending: jax.Array | None = None
+        for position in range(shortest, end):
+            forced = np.array([p[position] if position < len(p) else -1 for p in prompts], np.int32)
+            tokens, cache, seen = advance(self._state, constants, tokens, cache, seen, forced, sampling)
+            # Read one step late: the device already works on the next token.
+            if pending is not None and not self._take(requests, np.asarray(pending)[:, 0], position - 1, on_text):
+                return
+            pending = tokens
+        if pending is not None:
+            self._take(requests, np.asarray(pending)[:, 0], end - 1, on_text)
+
+    def _sampling(self, requests: list[Request]) -> Sampling:
+        settings, count = self.settings, len(requests)
+        return Sampling(
+            temperature=jnp.full(count, settings.temperature, jnp.float32),
+            top_k=jnp.full(count, settings.top_k, jnp.int32),
+            top_p=jnp.full(count, settings.top_p, jnp.float32),
+            min_p=jnp.full(count, settings.min_p, jnp.float32),
+            penalty=jnp.full(count, settings.repetition_penalty, jnp.float32),
+            seed=jnp.asarray([request.seed for request in requests], jnp.uint32),
+        )
+
+    def _take(
+        self, requests: list[Request], tokens: np.ndarray, position: int, on_text: Callable[[Request, str], None] | None
+    ) -> bool:
+        """Adds a step's tokens to the requests that still run; False where none does any more."""
+        for request, token in zip(requests, tokens.tolist(), strict=True):
+            if request.stop or position < len(request.tokens):
+                continue
+            if token == self.text.end_of_text:
+                request.stop = "end_of_text"
+            else:
+                request.output.append(token)
+                if len(request.output) == self.settings.max_new_tokens:
+                    request.stop = "length"
+            self._say(request, on_text)
+        return not all(request.stop for request in requests)
+
+    def _say(self, request: Request, on_text: Callable[[Request, str], None] | None) -> None:
+        text = self.text.decode(request.output)
+        found = [text.index(stop) for stop in self.settings.stop if stop in text]
+        if found:
+            text, request.stop = text[: min(found)], "stop"
+        if not request.stop:
+            # Held back: a character whose bytes have not all come, and what may turn out to be a stop string.
+            text = text.rstrip("\ufffd")
+            text = text[: len(text) - _possible_stop(text, self.settings.stop)]
+        if len(text) > len(request.text):
+            if on_text:
+                on_text(request, text[len(request.text) :])
+            request.text = text
+
+
+def _possible_stop(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text begin a stop string."""
+    sizes = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return max(sizes, default=0)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the latest)")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT")
+    prompts.add_argument(
+        "--prompts", metavar="FILE", help="one prompt a line; .jsonl: objects with `prompt` or `tokens`"
+    )
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write objects there instead of text to the terminal")
+    defaults = Settings()
+    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=defaults.temperature, metavar="T", help="0: greedy (default)"
+    )
+    parser.add_argument("--top-k", type=int, default=defaults.top_k, metavar="K")
+    parser.add_argument("--top-p", type=float, default=defaults.top_p, metavar="P")
+    parser.add_argument("--min-p", type=float, default=defaults.min_p, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, metavar="R")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the first sample; the next ones count on")
+    parser.add_argument("--samples", type=int, default=defaults.samples, metavar="N", help="texts for each prompt")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, metavar="B")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(arguments, name) for name in names} | {"stop": tuple(arguments.stop)})
+    settings.check()
+    place = Workdir(arguments.workdir)
+    step = place.step(arguments.step)
+    text = tokenizer.load(place.tokenizer)
+    requests = list(_requests(arguments, settings, text))
+    # Unrolled: a layer's cache is then an array of its own, updated in place.
+    generator = Generator(restore_model(place.folder, step, scan=False), text, settings)
+    alone = len(requests) == 1 and not arguments.output
+    if alone:
+        print(requests[0].prompt, end="", flush=True)
+    generator.generate(requests, (lambda _, piece: print(piece, end="", flush=True)) if alone else None)
+    if alone:
+        print()
+    elif arguments.output:
+        _write(arguments.output, requests, step)
+    else:
+        for request in requests:
+            print(f"--- sample {request.sample}, {request.stop}\n{request.prompt}{request.text}", flush=True)
+    return 0
+
+
+def _requests(arguments: argparse.Namespace, settings: Settings, text: tokenizer.Tokenizer) -> Iterator[Request]:
+    for prompt, tokens in _prompts(arguments, text):
+        for sample in range(settings.samples):
+            yield Request(prompt, tokens, settings.seed + sample, sample)
+
+
+def _prompts(arguments: argparse.Namespace, text: tokenizer.Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    if arguments.prompt is not None:
+        if not arguments.prompt:
+            raise UserError("--prompt: the prompt is empty; give at least one character")
+        yield arguments.prompt, text.encode(arguments.prompt)
+        return
+    path = epath.Path(arguments.prompts)
+    if not path.exists():
+        raise UserError(f"--prompts={path}: there is no such file")
+    lines = path.read_text().splitlines()
+    if not lines:
+        raise UserError(f"--prompts={path}: no prompt in it")
+    for number, line in enumerate(lines, 1):
+        entry: Any = {"prompt": line}
+        if path.suffix == ".jsonl":
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
+        tokens = entry.get("tokens") if isinstance(entry, dict) else None
+        prompt = entry.get("prompt") if isinstance(entry, dict) else None
+        if isinstance(tokens, list) and tokens and all(isinstance(token, int) for token in tokens):
+            yield text.decode([token for token in tokens if 0 <= token < text.vocab_size]), tokens
+        elif isinstance(prompt, str) and prompt:
+            yield prompt, text.encode(prompt)
+        else:
+            raise UserError(f"{path}:{number}: the prompt is empty; give text in `prompt`, or ids in `tokens`")
+
+
+def _write(output: str, requests: Sequence[Request], step: int) -> None:
+    path = epath.Path(output)
+    temporary = path.with_name(path.name + ".tmp")
+    records = [
+        {
+            "prompt": request.prompt,
+            "sample": request.sample,
+            "seed": request.seed,
+            "text": request.text,
+            "tokens": request.output,
+            "stop": request.stop,
+            "step": step,
+        }
+        for request in requests
+    ]
+    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    temporary.replace(path)
+    print(f"{len(records)} texts in {path}", file=sys.stderr)
