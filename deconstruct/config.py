@@ -55,7 +55,7 @@ class ModelConfig:
     fixed_length: int = 0  # length of the fixed stream, the longest context it serves; 0: sequence_length
     fixed_text: str = ""  # a text file for fixed_text; "": the first tokens of the training rows
     dtype: str = "bfloat16"  # of activations and matmul inputs; parameters, norms, softmax and loss are float32
-    impl: str = "auto"  # of attention: auto | reference | xla | cudnn
+    impl: str = "auto"  # of attention, in every layer: auto | reference | xla | cudnn
     scan: bool = True  # fold repeating layers into lax.scan; off: every layer is compiled by itself
     remat: bool = True  # recompute each layer in the backward pass instead of keeping its activations
     # Derived from variant, layout and sequence_length; not keys of a config file.

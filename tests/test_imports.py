@@ -26,7 +26,7 @@ FLOORS = [
     {"checkpoint"},
     {"workdir"},
     {"train", "evaluate", "interop"},
-    {"bench", "describe"},
+    {"bench", "describe", "generate"},
     {"cli"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -103,5 +103,5 @@ def test_the_names_of_the_notebook():
     for name in deconstruct.__all__:
         assert getattr(deconstruct, name).__module__ == deconstruct._HOMES[name]
     assert dir(deconstruct) == sorted(deconstruct.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'train'; it offers load_config, build_model"):
-        deconstruct.train  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'fit'; it offers load_config, build_model"):
+        deconstruct.fit  # noqa: B018

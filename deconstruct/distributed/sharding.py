@@ -67,11 +67,18 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
         axes = variable.get_metadata().get("axes", ())
         partition = spec(axes, len(shape))
         for size, part in zip(shape, partition, strict=True):
+            if part is not None:
+                together[part] = math.gcd(together.get(part, 0), size)
             if size % _shards(part, mesh):
-                raise UserError(_does_not_fit(path, shape, size, str(part), mesh))
+                misfits.append((path, shape, size, part))
         return NamedSharding(mesh, partition)
 
+    together: dict[Any, int] = {}  # mesh axis -> what divides every size that it splits
+    misfits: list[tuple[Any, tuple[int, ...], int, Any]] = []
     tree = jax.tree_util.tree_map_with_path(sharding, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    if misfits:
+        path, shape, size, part = misfits[0]
+        raise UserError(_does_not_fit(path, shape, size, part, together[part], mesh))
     return nnx.to_pure_dict(tree)
 
 
@@ -80,9 +87,11 @@ def _shards(part: str | tuple[str, ...] | None, mesh: Any) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _does_not_fit(path: Any, shape: tuple[int, ...], size: int, axis: str, mesh: jax.sharding.Mesh) -> str:
+def _does_not_fit(
+    path: Any, shape: tuple[int, ...], size: int, axis: str, divisible: int, mesh: jax.sharding.Mesh
+) -> str:
     devices = mesh.size // math.prod(n for name, n in mesh.shape.items() if name not in (axis, "data"))
-    fitting = [n for n in range(1, devices + 1) if devices % n == 0 and size % n == 0]
+    fitting = [n for n in range(1, devices + 1) if devices % n == 0 and divisible % n == 0]
     meshes = " or ".join(f"data={devices // n},{axis}={n}" for n in fitting[-2:])
     name = ".".join(str(getattr(entry, "key", entry)) for entry in path)
     return (

@@ -33,7 +33,9 @@ class Found(NamedTuple):
     why: str
 
     def line(self) -> str:
-        carried = f"carried {', '.join(self.files)}" if self.files else "no file of one"
+        if not self.files:
+            return "none"
+        carried = f"carried {', '.join(self.files)}"
         if self.tokenizer is None:
             return f"{carried}; not usable here: {self.why}"
         return f"{carried}; {self.tokenizer.vocab_size:,} ids"

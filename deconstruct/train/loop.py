@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from deconstruct import accounting, checkpoint
 from deconstruct.checkpoint import Checkpoints
@@ -68,13 +69,13 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     place = Workdir(workdir)
-    place.folder.mkdir(parents=True, exist_ok=True)
     if jax.default_backend() != "cpu":  # a resumed run then starts without compiling again
         jax.config.update("jax_compilation_cache_dir", os.fspath(place.folder / "compilation_cache"))
     keep_period = config.checkpoint.keep_period or None
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        run = Run(config, manifest, mesh, place)
+        run = Run(config, manifest, mesh, place)  # a mistake of the user's ends here, before anything is written
+        place.folder.mkdir(parents=True, exist_ok=True)
         writer = stack.enter_context(
             Checkpoints(place.checkpoints, config.checkpoint_every, config.checkpoint.keep, keep_period)
         )
@@ -89,8 +90,17 @@ def _check_data(config: Config, manifest: Manifest) -> None:
         )
 
 
+def latest_step_everywhere(place: Workdir) -> int | None:
+    """The latest finished step as process 0 sees it: a shared file system may show the others an older listing."""
+    latest = checkpoint.latest_step(place.checkpoints)
+    if jax.process_count() == 1:
+        return latest
+    agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if latest is None else latest)))
+    return None if agreed < 0 else agreed
+
+
 class Run:
-    """One process's part in a run."""
+    """One process's part in a run. Making it checks all that the user can have got wrong, and writes nothing."""
 
     def __init__(self, config: Config, manifest: Manifest, mesh: jax.sharding.Mesh, place: Workdir):
         self.config, self.manifest, self.mesh, self.place = config, manifest, mesh, place
@@ -99,6 +109,11 @@ class Run:
         self.spec: StateSpec = make_state_spec(config, self.optimizer, mesh)
         self.stop = runtime.StopSignal()
         self.rows = jax.sharding.NamedSharding(mesh, batch_spec())
+        self.latest = latest_step_everywhere(place)
+        self.fixed_tokens = self._fixed_tokens() if self.latest is None else None
+        pipeline.Windows(config.data, "train", config.sequence_length)
+        with self.clock.measure("compile"):
+            self.lowered = self._lower()
         flops = accounting.train_flops(config.model, config.batch_size, config.sequence_length).needed
         peak = accounting.peak_flops(mesh.devices.flat[0])
         self.utilisation_per_rate = flops / (peak * mesh.size) if peak else None  # MFU at one step a second
@@ -110,7 +125,8 @@ class Run:
         if first >= config.steps:
             log.info("step %d of %d: nothing left to do", first, config.steps)
             return 0
-        compiled = self._compile()
+        with self.clock.measure("compile"):
+            compiled = self.lowered.compile()
         metrics_out = MetricWriter(self.place.folder, first) if runtime.is_main() else None
         progress = Progress(first, config.steps)
         pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -147,16 +163,15 @@ class Run:
 
     def _start(self, checkpoints: RunCheckpoints) -> tuple[TrainState, int]:
         """The state to go on from, and the step it is at."""
-        config, manifest = self.config, self.manifest
-        latest = checkpoint.latest_step(self.place.checkpoints)
+        config, manifest, latest = self.config, self.manifest, self.latest
         if latest is not None:
             meta = checkpoint.read_meta(self.place.checkpoints, latest)
             check_same_run(config, meta, manifest.fingerprint, manifest.tokenizer["sha256"])
         if runtime.is_main():
-            self.place.write_config(config)
             tokenizer.load(epath.Path(config.data) / "tokenizer").save(self.place.tokenizer)
+            self.place.write_config(config)  # last: an evaluator waits for it
         if latest is None:
-            return self.spec.init(self._fixed_tokens()), 0
+            return self.spec.init(self.fixed_tokens), 0
         with self.clock.measure("restore"):
             state = checkpoints.restore(latest)
         log.info("resuming from step %d", latest)
@@ -182,17 +197,15 @@ class Run:
             )
         return jnp.asarray(tokens, jnp.int32)
 
-    def _compile(self) -> Any:
+    def _lower(self) -> Any:
         config = self.config
         step = make_step(self.spec.graphdef, self.optimizer, make_schedule(config), config.accumulation)
         rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32, sharding=self.rows)
-        with self.clock.measure("compile"):
-            lowered = jax.jit(
-                lambda state, rows: step(state, batch_of(rows)),
-                donate_argnums=0,
-                out_shardings=(self.spec.shardings, None),
-            ).lower(self.spec.abstract, rows)
-            return lowered.compile()
+        return jax.jit(
+            lambda state, rows: step(state, batch_of(rows)),
+            donate_argnums=0,
+            out_shardings=(self.spec.shardings, None),
+        ).lower(self.spec.abstract, rows)
 
     def _batches(self, first: int) -> pipeline.Batches:
         """This process's rows of each batch from step `first` on: those its devices hold."""

@@ -46,8 +46,8 @@ MODELS = {
     "qwen3, MHA, tied": ("qwen3", 4, True, 1e6),
     "qwen3, GQA, untied": ("qwen3", 2, False, 1e6),
 }
-# Sums of some hundred products in float32, taken in another order, through two layers: logits of size 3 came out
-# within 4e-6. The contract is 1e-4.
+# Sums of some hundred products in float32, taken in another order, through two layers: logits of size 5 came out
+# within 7e-6. The contract is 1e-4.
 TOLERANCE = 1e-4
 
 
@@ -160,7 +160,7 @@ def test_the_same_gradients_of_the_mean_loss(tmp_path, name):
         largest = max(largest, np.abs(ours - theirs[entry.name]).max())
         scale = max(scale, np.abs(theirs[entry.name]).max())
     print(f"{name}: gradients differ by at most {largest:.2e}, the largest is {scale:.2f}")
-    assert largest < TOLERANCE * scale
+    assert largest < 1e-5 * scale  # float32 rounding, as above
 
 
 def test_transformers_refuses_a_hybrid(tmp_path):

@@ -47,8 +47,9 @@ def test_accumulation_is_the_big_batch_with_ragged_weights(parts):
     # and it does not equal the mean of the microbatches' means, which is the usual mistake
     means = [
         float(jnp.sum(nll * w) / jnp.sum(w))
-        for nll, w in zip(*(jnp.split(x, parts) for x in (token_losses(spec, state, batch), batch["weights"])),
-        strict=True)
+        for nll, w in zip(
+            *(jnp.split(x, parts) for x in (token_losses(spec, state, batch), batch["weights"])), strict=True
+        )
     ]
     assert abs(np.mean(means) - metrics["loss"]) > 1e-4
 
@@ -75,8 +76,12 @@ def test_the_loss_is_the_mean_negative_log_likelihood_over_unpadded_ids():
 @pytest.mark.parametrize("name", PAPER_NAMES)
 def test_one_batch_can_be_overfitted(name):
     config = tiny_config(
-        {"num_layers": 1, "hidden_size": 32}, variant=name, layout="uniform", learning_rate=2e-2, steps=60,
-        mesh={"fsdp": 1, "data": -1}
+        {"num_layers": 1, "hidden_size": 32},
+        variant=name,
+        layout="uniform",
+        learning_rate=2e-2,
+        steps=60,
+        mesh={"fsdp": 1, "data": -1},
     )
     optimizer, spec, state = prepare(config)
     step = jax.jit(make_step(spec.graphdef, optimizer, make_schedule(config)), donate_argnums=0)
@@ -93,8 +98,9 @@ def test_the_state_is_donated_and_counts_its_updates():
     config = tiny_config()
     optimizer, spec, state = prepare(config)
     step = jax.jit(
-        make_step(spec.graphdef, optimizer, make_schedule(config)), donate_argnums=0, out_shardings=(spec.shardings,
-        None)
+        make_step(spec.graphdef, optimizer, make_schedule(config)),
+        donate_argnums=0,
+        out_shardings=(spec.shardings, None),
     )
     after, _ = step(state, ragged_batch(config))
     assert int(after.step) == 1
