@@ -18,6 +18,11 @@ VERBS = {
     "evaluate": ("deconstruct.evaluate.follower", "measure perplexity of a run's checkpoints"),
     "describe": ("deconstruct.describe", "show a config's layers, parameters, FLOPs and cache, without training"),
     "generate": ("deconstruct.generate", "continue prompts with a run's model"),
+    "import": (
+        "deconstruct.interop.import_checkpoint",
+        "make a workdir of a Hugging Face checkpoint (qwen2, qwen3), or a hybrid of it",
+    ),
+    "export": ("deconstruct.interop.export_checkpoint", "write a checkpoint of a workdir as Hugging Face safetensors"),
     "bench": ("deconstruct.bench", "measure the speed of the train step, alone or beside transformers"),
 }
 USER_ERROR, FAILURE = 2, 1

@@ -105,8 +105,8 @@ class Generator:
         needed = len(request.tokens) + self.settings.max_new_tokens
         if self.model.fixed is not None and needed > config.fixed_length:
             raise UserError(
-                f"a prompt of {len(request.tokens)} tokens and --max-new-tokens={self.settings.max_new_tokens} need more "
-                f"than the {config.fixed_length} positions of this model's fixed stream ({self.model.fixed_source})"
+                f"a prompt of {len(request.tokens)} tokens and --max-new-tokens={self.settings.max_new_tokens} need "
+                f"more than the {config.fixed_length} positions of this model's fixed stream ({self.model.fixed_source})"
             )
 
     def _compile(self, batch: int, length: int, greedy: bool) -> tuple[Any, Any, Any]:

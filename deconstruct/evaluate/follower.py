@@ -21,7 +21,8 @@ from deconstruct import checkpoint
 from deconstruct.checkpoint import CheckpointGoneError
 from deconstruct.config import Config, MeshConfig
 from deconstruct.data import tokenizer
-from deconstruct.data.pipeline import Windows, load_manifest
+from deconstruct.data.manifest import Manifest, load_manifest
+from deconstruct.data.pipeline import Windows
 from deconstruct.distributed.mesh import make_mesh
 from deconstruct.evaluate.perplexity import Perplexity
 from deconstruct.metrics import append_jsonl, drop_torn_line, read_jsonl
@@ -123,23 +124,30 @@ class Evaluator:
                 raise UserError(f"--text={path}: not UTF-8 at byte {error.start}") from error
             return np.array(tokens, np.int32), f"{path.name}:{hashlib.sha256(content).hexdigest()[:12]}"
         data = arguments.data or self.config.data
+        if not data:
+            raise UserError(f"--workdir={self.place.folder}: an imported model names no data; give --data or --text")
         manifest = load_manifest(data)
-        self._check_data(data, manifest.fingerprint)
+        self._check_data(data, manifest)
         whole = Windows(data, "validation", manifest.row_length)
         rows = whole.read(range(len(whole)))
         return np.append(rows[:, :-1].reshape(-1), rows[-1, -1]), "validation"
 
-    def _check_data(self, data: str, fingerprint: str) -> None:
+    def _check_data(self, data: str, manifest: Manifest) -> None:
         latest = checkpoint.latest_step(self.place.checkpoints)
         if latest is None:
             return  # nothing saved yet: --follow meets the first checkpoint with the trainer's own data
         try:
-            trained = checkpoint.read_meta(self.place.checkpoints, latest)["data"]["fingerprint"]
+            meta = checkpoint.read_meta(self.place.checkpoints, latest)
         except CheckpointGoneError:  # a later one has taken its place
-            return self._check_data(data, fingerprint)
-        if trained != fingerprint:
+            return self._check_data(data, manifest)
+        if meta["data"] is None:  # imported and not trained here yet: any data of its own tokenizer
+            own, theirs = meta["tokenizer"], manifest.tokenizer
+            if own not in (theirs["sha256"], None) or theirs["vocab_size"] > self.config.model.vocab_size:
+                raise UserError(f"--data={data}: its tokenizer, {theirs['sha256'][:12]}, is not the imported model's")
+        elif meta["data"]["fingerprint"] != manifest.fingerprint:
             raise UserError(
-                f"--data={data}: its fingerprint is {fingerprint[:12]}, the run was trained on {trained[:12]}"
+                f"--data={data}: its fingerprint is {manifest.fingerprint[:12]}, the run was trained on "
+                f"{meta['data']['fingerprint'][:12]}"
             )
 
     def settings(self, step: int) -> Iterator[dict[str, Any]]:

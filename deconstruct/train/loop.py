@@ -83,7 +83,7 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
 
 
 def _check_data(config: Config, manifest: Manifest) -> None:
-    if manifest.tokenizer["vocab_size"] != config.model.vocab_size:
+    if manifest.tokenizer["vocab_size"] > config.model.vocab_size:  # fewer: imported models keep rows in reserve
         raise UserError(
             f"config.model.vocab_size={config.model.vocab_size}: the tokenizer of {config.data} has "
             f"{manifest.tokenizer['vocab_size']} pieces; 0 takes the tokenizer's"
@@ -110,7 +110,10 @@ class Run:
         self.stop = runtime.StopSignal()
         self.rows = jax.sharding.NamedSharding(mesh, batch_spec())
         self.latest = latest_step_everywhere(place)
-        self.fixed_tokens = self._fixed_tokens() if self.latest is None else None
+        meta = self.meta = None if self.latest is None else checkpoint.read_meta(place.checkpoints, self.latest)
+        # A new run chooses its fixed text, and so does one that starts from an imported checkpoint without any.
+        chooses = meta is None or (meta["data"] is None and "frozen/fixed" in meta["drawn"])
+        self.fixed_tokens = self._fixed_tokens() if chooses else None
         pipeline.Windows(config.data, "train", config.sequence_length)
         with self.clock.measure("compile"):
             self.lowered = self._lower()
@@ -163,17 +166,19 @@ class Run:
 
     def _start(self, checkpoints: RunCheckpoints) -> tuple[TrainState, int]:
         """The state to go on from, and the step it is at."""
-        config, manifest, latest = self.config, self.manifest, self.latest
-        if latest is not None:
-            meta = checkpoint.read_meta(self.place.checkpoints, latest)
+        config, manifest, latest, meta = self.config, self.manifest, self.latest, self.meta
+        if meta is not None:
             check_same_run(config, meta, manifest.fingerprint, manifest.tokenizer["sha256"])
         if runtime.is_main():
             tokenizer.load(epath.Path(config.data) / "tokenizer").save(self.place.tokenizer)
             self.place.write_config(config)  # last: an evaluator waits for it
-        if latest is None:
+        if latest is None or meta is None:
             return self.spec.init(self.fixed_tokens), 0
         with self.clock.measure("restore"):
-            state = checkpoints.restore(latest)
+            if meta["data"] is None:  # imported: a model, and no optimizer state yet
+                state = checkpoints.begin(latest, self.fixed_tokens)
+            else:
+                state = checkpoints.restore(latest)
         log.info("resuming from step %d", latest)
         return state, latest
 

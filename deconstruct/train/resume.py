@@ -8,8 +8,10 @@ from typing import Any
 import jax
 
 from deconstruct import checkpoint
+from deconstruct.attention.variants import fixed_source
 from deconstruct.checkpoint import Checkpoints
 from deconstruct.config import Config
+from deconstruct.model.restack import to_segments
 from deconstruct.train.state import StateSpec, TrainState, running_form, saved_form
 from deconstruct.types import UserError
 
@@ -31,23 +33,28 @@ def make_meta(config: Config, step: int, data_fingerprint: str, tokenizer_finger
 
 
 def check_same_run(config: Config, meta: dict[str, Any], data_fingerprint: str, tokenizer_fingerprint: str) -> None:
-    """Raises UserError, naming the difference, where a checkpoint is not of the run that `config` describes."""
+    """Raises UserError, naming the difference, where a checkpoint is not of the run that `config` describes.
+
+    An imported checkpoint has no data (`meta["data"]` is None): the run takes its own, over the same model.
+    """
     saved = Config.from_dict(meta["config"])
-    if meta["tokenizer"] != tokenizer_fingerprint:
+    trained = meta["data"] is not None
+    if meta["tokenizer"] not in (tokenizer_fingerprint, None):
         raise UserError(
             f"config.data={config.data}: its tokenizer is {tokenizer_fingerprint[:12]}, the checkpoint was trained "
             f"with {meta['tokenizer'][:12]}; give the data it was trained on, or another --workdir"
         )
-    if meta["data"]["fingerprint"] != data_fingerprint:
+    if trained and meta["data"]["fingerprint"] != data_fingerprint:
         raise UserError(
             f"config.data={config.data}: its fingerprint is {data_fingerprint[:12]}, the checkpoint was trained "
             f"on {meta['data']['fingerprint'][:12]} ({saved.data}); give that data, or another --workdir"
         )
-    differing = [(key, getattr(config, key), getattr(saved, key)) for key in DATA_KEYS]
+    differing = [(key, getattr(config, key), getattr(saved, key)) for key in DATA_KEYS if trained]
+    free = FREE_MODEL_KEYS if fixed_source(config.model.layers) else (*FREE_MODEL_KEYS, "fixed_length")
     differing += [
         (f"model.{field.name}", getattr(config.model, field.name), getattr(saved.model, field.name))
         for field in dataclasses.fields(config.model)
-        if field.name not in FREE_MODEL_KEYS
+        if field.name not in free
     ]
     differing.append(("model.num_kv_heads", config.model.kv_heads, saved.model.kv_heads))
     for key, now, before in differing:
@@ -73,12 +80,22 @@ class RunCheckpoints:
         self._running_form = jax.jit(
             lambda model, train: running_form(model, train, plan), out_shardings=spec.shardings
         )
+        self._begin = jax.jit(
+            lambda model: spec.begin(to_segments(model["params"], plan), model["frozen"]), out_shardings=spec.shardings
+        )
         self._abstract = saved_form(spec.abstract, plan)
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> bool:
         """Starts to save; the state may be donated when this returns. False where the step is saved already."""
         model, train = self._saved_form(state)
         return self._writer.save(step, model, train, meta)
+
+    def begin(self, step: int, fixed_tokens: jax.Array | None) -> TrainState:
+        """Step 0 from an imported checkpoint: its model and a fresh optimizer. `fixed_tokens` replace a fixed text."""
+        model = checkpoint.load_model(self._folder, step, self._abstract[0])
+        if fixed_tokens is not None:
+            model["frozen"]["fixed"] = jax.device_put(fixed_tokens, model["frozen"]["fixed"].sharding)
+        return self._begin(model)
 
     def restore(self, step: int) -> TrainState:
         model, train = self._abstract

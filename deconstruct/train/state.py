@@ -38,6 +38,7 @@ class StateSpec:
     graphdef: Any
     abstract: TrainState  # shapes and shardings
     init: Callable[[jax.Array | None], TrainState]  # tokens of the fixed text -> a sharded state
+    begin: Callable[[Any, Any], TrainState]  # parameters and frozen arrays -> the sharded state that starts from them
 
     @property
     def shardings(self) -> TrainState:
@@ -53,6 +54,9 @@ def make_state_spec(config: Config, optimizer: optax.GradientTransformation, mes
         if fixed_tokens is not None and model.fixed is not None:
             model.fixed[...] = fixed_tokens
         _, params, frozen = split_model(model)
+        return begin(params, frozen)
+
+    def begin(params: Any, frozen: Any) -> TrainState:
         rng = jax.random.key_data(jax.random.key(config.seed))
         return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), rng)
 
@@ -72,7 +76,9 @@ def make_state_spec(config: Config, optimizer: optax.GradientTransformation, mes
         rng=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
     )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return StateSpec(graphdef, abstract, jax.jit(init, out_shardings=shardings))
+    return StateSpec(
+        graphdef, abstract, jax.jit(init, out_shardings=shardings), jax.jit(begin, out_shardings=shardings)
+    )
 
 
 def saved_form(state: TrainState, plan: Plan) -> tuple[Any, Any]:
