@@ -106,7 +106,7 @@ class Generator:
         if self.model.fixed is not None and needed > config.fixed_length:
             raise UserError(
                 f"a prompt of {len(request.tokens)} tokens and --max-new-tokens={self.settings.max_new_tokens} need "
-                f"more than the {config.fixed_length} positions of this model's fixed stream ({self.model.fixed_source})"
+                f"more than the fixed stream ({self.model.fixed_source}) of this model has: {config.fixed_length}"
             )
 
     def _compile(self, batch: int, length: int, greedy: bool) -> tuple[Any, Any, Any]:
