@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deconstruct.config import ModelConfig
-from deconstruct.kernels import reference
+from deconstruct.kernels import dispatch, reference
 from deconstruct.types import Streams, UserError
 
 
@@ -108,6 +108,14 @@ class Form:
     def decode_flops(self, shape: Shape) -> Flops:
         """Of one more token after `shape.length` positions."""
         return Flops.exactly(2.0 * shape.length * shape.heads * shape.head_dim * (shape.qk_batch + shape.batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelForm(Form):
+    """A form with fast paths of its own under its name in `kernels.dispatch`."""
+
+    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return dispatch.resolve(self.name, self.impl, dtype=q.dtype, head_dim=q.shape[-1])(q, k, v)
 
 
 def append(cache: dict[str, jax.Array], k: jax.Array, v: jax.Array) -> dict[str, jax.Array]:

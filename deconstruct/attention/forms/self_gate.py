@@ -12,22 +12,19 @@ from typing import Any
 
 import jax
 
-from deconstruct.attention.base import Flops, Form, Shape, register_form
-from deconstruct.kernels import dispatch, reference
+from deconstruct.attention.base import Flops, KernelForm, Shape, register_form
+from deconstruct.kernels import reference
 from deconstruct.kernels.self_gate import init_self_gate_state, self_gate_attention
 
 
 @register_form
-class SelfGate(Form):
+class SelfGate(KernelForm):
     name = "self_gate"
     relaxes = ("mathematical form",)
     uses_rope = False
 
     def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return reference.self_gate_weights(q, k)
-
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return dispatch.resolve(self.name, self.impl, dtype=q.dtype, head_dim=q.shape[-1])(q, k, v)
 
     def init_cache(self, shape: Shape, dtype: Any) -> Any:
         return init_self_gate_state(shape.qk_batch, shape.batch, shape.heads, shape.head_dim)

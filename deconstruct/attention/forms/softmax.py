@@ -9,20 +9,17 @@ from typing import Any
 
 import jax
 
-from deconstruct.attention.base import Flops, Form, Shape, append, register_form
-from deconstruct.kernels import dispatch, reference
+from deconstruct.attention.base import Flops, KernelForm, Shape, append, register_form
+from deconstruct.kernels import reference
 from deconstruct.kernels.softmax import softmax_extend
 
 
 @register_form
-class Softmax(Form):
+class Softmax(KernelForm):
     name = "softmax"
 
     def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return reference.softmax_weights(q, k)
-
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return dispatch.resolve(self.name, self.impl, dtype=q.dtype, head_dim=q.shape[-1])(q, k, v)
 
     def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         start = cache["length"]

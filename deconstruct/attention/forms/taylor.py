@@ -11,21 +11,18 @@ from typing import Any
 
 import jax
 
-from deconstruct.attention.base import Flops, Form, Shape, register_form
-from deconstruct.kernels import dispatch, reference
+from deconstruct.attention.base import Flops, KernelForm, Shape, register_form
+from deconstruct.kernels import reference
 from deconstruct.kernels.taylor import init_taylor_state, taylor_chunked
 
 
 @register_form
-class Taylor(Form):
+class Taylor(KernelForm):
     name = "taylor"
     relaxes = ("mathematical form",)
 
     def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return reference.taylor_weights(q, k)
-
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return dispatch.resolve(self.name, self.impl, dtype=q.dtype, head_dim=q.shape[-1])(q, k, v)
 
     def init_cache(self, shape: Shape, dtype: Any) -> Any:
         return init_taylor_state(shape.qk_batch, shape.batch, shape.kv_heads, shape.head_dim, shape.head_dim)

@@ -15,21 +15,18 @@ from typing import Any
 
 import jax
 
-from deconstruct.attention.base import Flops, Form, Shape, register_form
-from deconstruct.kernels import dispatch, reference
+from deconstruct.attention.base import Flops, KernelForm, Shape, register_form
+from deconstruct.kernels import reference
 from deconstruct.kernels.taylor_diagonal import init_taylor_diagonal_state, taylor_diagonal_attention
 
 
 @register_form
-class TaylorDiagonal(Form):
+class TaylorDiagonal(KernelForm):
     name = "taylor_diagonal"
     relaxes = ("mathematical form",)
 
     def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return reference.taylor_diagonal_weights(q, k)
-
-    def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return dispatch.resolve(self.name, self.impl, dtype=q.dtype, head_dim=q.shape[-1])(q, k, v)
 
     def init_cache(self, shape: Shape, dtype: Any) -> Any:
         return init_taylor_diagonal_state(shape.qk_batch, shape.batch, shape.kv_heads, shape.head_dim, shape.head_dim)
