@@ -252,7 +252,7 @@ class Report:
 
     def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
         config = self._run.config
-        due = step % config.log_every == 0 or step == config.steps
+        due = step % config.log_every == 0 or step in (1, config.steps)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
