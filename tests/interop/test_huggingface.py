@@ -253,6 +253,9 @@ def test_tensors_that_say_nothing_new(export, tmp_path):
 
     edit_tensors(export, add)
     import_checkpoint(export, tmp_path / "workdir")
+    table = load_file(export / TENSORS)["model.embed_tokens.weight"]
+    imported = np.asarray(restore_model(tmp_path / "workdir").embed.embedding[...])
+    np.testing.assert_array_equal(imported[: len(table)], table)
     shutil.rmtree(tmp_path / "workdir")
     edit_tensors(export, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
     refused(export, tmp_path, "lm_head.weight is not the embedding table")
