@@ -81,7 +81,8 @@ class Generator:
 
     def __init__(self, model: LanguageModel, text: tokenizer.Tokenizer, settings: Settings):
         self.model, self.text, self.settings = model, text, settings
-        self._graphdef, self._state = nnx.split(model)
+        self._graphdef, state = nnx.split(model)
+        self._state = nnx.to_pure_dict(state)  # plain dicts pass into a compiled step faster
         self._programs = functools.lru_cache(maxsize=8)(self._compile)
 
     def generate(self, requests: Sequence[Request], on_text: Callable[[Request, str], None] | None = None) -> None:
@@ -113,22 +114,31 @@ class Generator:
         graphdef, vocabulary = self._graphdef, self.model.config.vocab_size
         rows = jnp.arange(batch)
 
+        def choose_next(
+            logits: jax.Array, seen: jax.Array, forced: jax.Array, sampling: Sampling, position: int | jax.Array
+        ) -> jax.Array:
+            """[B, 1]: the next token of each prompt where there is one, else (forced < 0) a new one."""
+            chosen = choose_greedily(logits, seen, sampling) if greedy else choose(logits, seen, sampling, position)
+            return jnp.where(forced >= 0, forced, chosen)[:, None]
+
+        def start(
+            state: Any, constants: Any, tokens: jax.Array, forced: jax.Array, sampling: Sampling
+        ) -> tuple[jax.Array, decode.Cache, jax.Array]:
+            """tokens [B, C] in; the next ones, the cache and what has been seen out."""
+            seen = jnp.zeros((batch, vocabulary), bool).at[rows[:, None], tokens].set(True)
+            logits, cache = decode.prefill(nnx.merge(graphdef, state), tokens, constants, length)
+            return choose_next(logits, seen, forced, sampling, cache.position), cache, seen
+
         def advance(
             state: Any, constants: Any, tokens: jax.Array, cache: decode.Cache, seen: jax.Array, forced: jax.Array,
             sampling: Sampling,
         ) -> tuple[jax.Array, decode.Cache, jax.Array]:  # fmt: skip
-            """tokens [B, C] in; the next one of each sequence [B, 1] out: its prompt's, or (forced < 0) a new one."""
-            seen = seen.at[rows[:, None], tokens].set(True)
+            seen = seen.at[rows, tokens[:, 0]].set(True)
             logits, cache = decode.extend(nnx.merge(graphdef, state), tokens, cache, constants, length)
-            if greedy:
-                chosen = choose_greedily(logits, seen, sampling)
-            else:
-                chosen = choose(logits, seen, sampling, cache.position)
-            return jnp.where(forced >= 0, forced, chosen)[:, None], cache, seen
+            return choose_next(logits, seen, forced, sampling, cache.position), cache, seen
 
         constants = jax.jit(lambda state: decode.decoding_constants(nnx.merge(graphdef, state), length))(self._state)
-        start = jax.jit(lambda: (decode.init_cache(self.model, batch, length), jnp.zeros((batch, vocabulary), bool)))
-        return constants, start, jax.jit(advance, donate_argnums=(3, 4))
+        return constants, jax.jit(start), jax.jit(advance, donate_argnums=(3, 4))
 
     def _batch(self, requests: list[Request], on_text: Callable[[Request, str], None] | None) -> None:
         settings, config = self.settings, self.model.config
@@ -140,18 +150,19 @@ class Generator:
             length = min(length, config.fixed_length)
         constants, start, advance = self._programs(len(requests), length, settings.temperature == 0)
         sampling = self._sampling(requests)
-        cache, seen = start()
-        tokens = jnp.asarray([prompt[:shortest] for prompt in prompts], jnp.int32)
-        pending: jax.Array | None = None
-        for position in range(shortest, end):
-            forced = np.array([p[position] if position < len(p) else -1 for p in prompts], np.int32)
-            tokens, cache, seen = advance(self._state, constants, tokens, cache, seen, forced, sampling)
-            # Read one step late: the device already works on the next token.
-            if pending is not None and not self._take(requests, np.asarray(pending)[:, 0], position - 1, on_text):
-                return
+
+        def forced(position: int) -> np.ndarray:
+            return np.array([p[position] if position < len(p) else -1 for p in prompts], np.int32)
+
+        first = jnp.asarray([prompt[:shortest] for prompt in prompts], jnp.int32)
+        tokens, cache, seen = start(self._state, constants, first, forced(shortest), sampling)
+        for position in range(shortest + 1, end):
             pending = tokens
-        if pending is not None:
-            self._take(requests, np.asarray(pending)[:, 0], end - 1, on_text)
+            tokens, cache, seen = advance(self._state, constants, tokens, cache, seen, forced(position), sampling)
+            # Read one step late: the device already works on the next token.
+            if not self._take(requests, np.asarray(pending)[:, 0], position - 1, on_text):
+                return
+        self._take(requests, np.asarray(tokens)[:, 0], end - 1, on_text)
 
     def _sampling(self, requests: list[Request]) -> Sampling:
         settings, count = self.settings, len(requests)

@@ -80,7 +80,13 @@ class Attention(Mixer):
         return self.form.init_cache(self.shape(batch, length), dtype)
 
     def extend(
-        self, h: jax.Array, static: jax.Array | None, cache: Any, constants: Any, context: Context, start: jax.Array
+        self,
+        h: jax.Array,
+        static: jax.Array | None,
+        cache: Any,
+        constants: Any,
+        context: Context,
+        start: int | jax.Array,
     ) -> tuple[jax.Array, Any]:
         window = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=h.shape[1])
         if self.source.fixed:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deconstruct.config import ModelConfig
-from deconstruct.kernels import dispatch, reference
+from deconstruct.kernels import dispatch, kv_cache, reference
 from deconstruct.types import Streams, UserError
 
 
@@ -83,9 +83,9 @@ class Form:
 
     def init_cache(self, shape: Shape, dtype: Any) -> Any:
         """An empty cache for up to `shape.length` positions: a pytree of arrays (default: keys and values)."""
-        keys = (shape.qk_batch, shape.length, shape.kv_heads, shape.head_dim)
-        values = (shape.batch, shape.length, shape.kv_heads, shape.head_dim)
-        return {"k": jnp.zeros(keys, dtype), "v": jnp.zeros(values, dtype), "length": jnp.zeros((), jnp.int32)}
+        return kv_cache.init_kv_cache(
+            shape.qk_batch, shape.batch, shape.length, shape.kv_heads, shape.head_dim, shape.head_dim, dtype
+        )
 
     def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """Mixes C more positions after those in the cache: a prompt (C = L) or one token (C = 1).
@@ -93,12 +93,13 @@ class Form:
         The default is right for every form that keeps to `weights`' contract, and forms the whole map to read C rows
         of it.
         """
-        cache = append(cache, k, v)
-        start = cache["length"] - q.shape[1]
-        queries = jnp.zeros((q.shape[0], cache["k"].shape[1], *q.shape[2:]), q.dtype)
+        start = cache.length
+        cache = kv_cache.append(cache, k, v)
+        keys, values = kv_cache.contents(cache, k.shape[0], v.shape[0])
+        queries = jnp.zeros((q.shape[0], keys.shape[1], *q.shape[2:]), q.dtype)
         queries = jax.lax.dynamic_update_slice_in_dim(queries, q, start, axis=1)
-        weights = jax.lax.dynamic_slice_in_dim(self.weights(queries, cache["k"]), start, q.shape[1], axis=2)
-        return reference.apply_weights(weights, cache["v"]), cache
+        weights = jax.lax.dynamic_slice_in_dim(self.weights(queries, keys), start, q.shape[1], axis=2)
+        return reference.apply_weights(weights, values), cache
 
     def flops(self, shape: Shape) -> Flops:
         """Of weights and mixing over a whole sequence; projections are counted by the mixer."""
@@ -116,16 +117,6 @@ class KernelForm(Form):
 
     def mix(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return dispatch.resolve(self.name, self.impl, dtype=q.dtype, head_dim=q.shape[-1])(q, k, v)
-
-
-def append(cache: dict[str, jax.Array], k: jax.Array, v: jax.Array) -> dict[str, jax.Array]:
-    """A key-value cache with C more positions behind its `length`."""
-    update = jax.lax.dynamic_update_slice_in_dim
-    return {
-        "k": update(cache["k"], k.astype(cache["k"].dtype), cache["length"], axis=1),
-        "v": update(cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1),
-        "length": cache["length"] + k.shape[1],
-    }
 
 
 class Mixer(nnx.Module):
@@ -164,7 +155,13 @@ class Mixer(nnx.Module):
         return {**kept, "static": jnp.zeros((batch, length, size), dtype)} if self.reads_static else kept
 
     def extend(
-        self, h: jax.Array, static: jax.Array | None, cache: Any, constants: Any, context: Context, start: jax.Array
+        self,
+        h: jax.Array,
+        static: jax.Array | None,
+        cache: Any,
+        constants: Any,
+        context: Context,
+        start: int | jax.Array,
     ) -> tuple[jax.Array, Any]:
         """C more positions [B, C, d], from position `start` on, after those in the cache: what is added to the
         residual.

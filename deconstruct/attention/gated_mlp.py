@@ -46,7 +46,13 @@ class GatedMLP(Mixer):
         return ()
 
     def extend(
-        self, h: jax.Array, static: jax.Array | None, cache: Any, constants: Any, context: Context, start: jax.Array
+        self,
+        h: jax.Array,
+        static: jax.Array | None,
+        cache: Any,
+        constants: Any,
+        context: Context,
+        start: int | jax.Array,
     ) -> tuple[jax.Array, Any]:
         return self.mlp(h), cache
 

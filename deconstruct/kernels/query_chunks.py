@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from deconstruct.kernels import grouped
+from deconstruct.kernels.kv_cache import KVCache
 
 # Up to this length a chunk's map is kept for the backward pass (half of L x L, in the input dtype); above it, the map
 # is formed again: one matmul more, and memory no longer grows with the square of the length.
@@ -41,20 +42,12 @@ def default_chunk(length: int) -> int:
     return min(max(128, -(-length // 8)), 1024)
 
 
-def mix(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    weighing: Weighing,
-    chunk: int | None = None,
-    offset: int | jax.Array = 0,
-) -> jax.Array:
-    """q [Bq, C, H, dh] at positions offset..offset+C over k [Bq, S, K, dh], v [Bv, S, K, dv]: [Bv, C, H, dv].
+def mix(q: jax.Array, k: jax.Array, v: jax.Array, weighing: Weighing, chunk: int | None = None) -> jax.Array:
+    """q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv]: [Bv, L, H, dv].
 
-    `offset` may be traced; keys that no query of a chunk can see are skipped only where it is a Python integer.
     Where Bq = 1 < Bv, a chunk's map is formed once and applied to all rows. Matmul inputs keep their dtype.
     """
-    length, size = q.shape[1], k.shape[1]
+    length = q.shape[1]
     chunk = chunk or default_chunk(length)
     queries, keys = grouped.split_queries(q, k.shape[2]), grouped.split_keys(k)
     values = grouped.split_values(v, q.shape[0])
@@ -65,55 +58,75 @@ def mix(
     parts = []
     for first in range(0, length, chunk):
         last = min(first + chunk, length)
-        seen = min(offset + last, size) if isinstance(offset, int) else size
-        start = jnp.asarray(offset + first, jnp.int32)
         part = queries[..., first:last, :]
-        program: Callable[..., jax.Array] = functools.partial(_mix_chunk, weighing, last - first)
+        program: Callable[..., jax.Array] = functools.partial(_mix_chunk, weighing, last - first, first)
         if length > KEEP_LENGTH:
             program = jax.checkpoint(program)
         flat = part.reshape(*part.shape[:2], -1, part.shape[-1])
-        out = program(flat, keys[:, :, :seen], values[:, :, :seen], start)
+        out = program(flat, keys[:, :, :last], values[:, :, :last])
         parts.append(out.reshape(*part.shape[:4], *rows_and_dim))
     return grouped.merge_results(jnp.concatenate(parts, axis=3))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _mix_chunk(
-    weighing: Weighing, positions: int, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array
-) -> jax.Array:
+def mix_last(q: jax.Array, cache: KVCache, batch: int, weighing: Weighing, chunk: int | None = None) -> jax.Array:
+    """The last C positions that a cache holds, q [Bq, C, H, dh], over all of them: [Bv, C, H, dv]. `batch` is Bv.
+
+    What the cache has beyond its length is not read, but must be finite. No gradients are provided for.
+    """
+    qk_batch, length, heads, dh = q.shape
+    rows, room = cache.k.shape[:2]
+    chunk = chunk or default_chunk(length)
+    groups = heads * qk_batch // rows
+    queries = grouped.split_queries(q, rows // qk_batch).reshape(rows, groups, length, dh)
+    start = cache.length - length
+    parts = []
+    for first in range(0, length, chunk):
+        part = queries[:, :, first : first + chunk]
+        positions = part.shape[2]
+        mask = jnp.tile(grouped.causal_mask(positions, room, start + first), (groups, 1))
+        x = grouped.contract("zrd,zsd->zrs", part.reshape(rows, -1, dh), cache.k) * dh**-0.5
+        weights = weighing.weights(weighing.slope(x, mask), mask)
+        out = grouped.contract("zrs,zsw->zrw", weights.astype(cache.v.dtype), cache.v)
+        out = (out / weights.sum(-1, keepdims=True)).astype(cache.v.dtype)
+        parts.append(out.reshape(qk_batch, rows // qk_batch, groups, positions, batch // qk_batch, -1))
+    return grouped.merge_results(jnp.concatenate(parts, axis=3))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _mix_chunk(weighing: Weighing, positions: int, start: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """q [b, K, r, dh], k [b, K, S, dh], v [b, K, S, w] -> [b, K, r, w]; row r is position start + r % positions."""
-    return _forward(weighing, positions, q, k, v, start)[0]
+    return _forward(weighing, positions, start, q, k, v)[0]
 
 
-def _mask(positions: int, q: jax.Array, k: jax.Array, start: jax.Array) -> jax.Array:
+def _mask(positions: int, start: int, q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.tile(grouped.causal_mask(positions, k.shape[2], start), (q.shape[2] // positions, 1))
 
 
 def _forward(
-    weighing: Weighing, positions: int, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array
+    weighing: Weighing, positions: int, start: int, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    mask = _mask(positions, q, k, start)
+    mask = _mask(positions, start, q, k)
     slope = weighing.slope(grouped.contract("bkrd,bksd->bkrs", q, k) * q.shape[-1] ** -0.5, mask)
     weights = weighing.weights(slope, mask)
     sums = weights.sum(-1, keepdims=True)
     out = (grouped.contract("bkrs,bksw->bkrw", weights.astype(v.dtype), v) / sums).astype(v.dtype)
-    return out, (q, k, v, start, slope.astype(q.dtype), sums, out)
+    return out, (q, k, v, slope.astype(q.dtype), sums, out)
 
 
 def _backward(
-    weighing: Weighing, positions: int, saved: tuple[jax.Array, ...], g: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, start, slope, sums, out = saved
+    weighing: Weighing, positions: int, start: int, saved: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v, slope, sums, out = saved
     per_sum = g.astype(sums.dtype) / sums
     mean = (per_sum * out).sum(-1, keepdims=True)
     per_sum = per_sum.astype(v.dtype)
-    weights = weighing.weights(slope, _mask(positions, q, k, start)).astype(v.dtype)
+    weights = weighing.weights(slope, _mask(positions, start, q, k)).astype(v.dtype)
     dv = grouped.contract("bkrs,bkrw->bksw", weights, per_sum)
     dx = (slope * (grouped.contract("bkrw,bksw->bkrs", per_sum, v) - mean)).astype(q.dtype)
     scale = q.shape[-1] ** -0.5
     dq = grouped.contract("bkrs,bksd->bkrd", dx, k) * scale
     dk = grouped.contract("bkrs,bkrd->bksd", dx, q) * scale
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 _mix_chunk.defvjp(_forward, _backward)

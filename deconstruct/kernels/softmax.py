@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from deconstruct.kernels import query_chunks
+from deconstruct.kernels import kv_cache, query_chunks
+from deconstruct.kernels.kv_cache import KVCache
 
 
 def _slope(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -33,11 +34,13 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int | Non
 
 
 def softmax_extend(
-    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, offset: int | jax.Array, chunk: int | None = None
-) -> jax.Array:
-    """Softmax attention of C new positions offset..offset+C over caches that hold them and all before.
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, chunk: int | None = None
+) -> tuple[jax.Array, KVCache]:
+    """Softmax attention of C more positions, q [Bq, C, H, dh], k [Bq, C, K, dh], v [Bv, C, K, dv]: [Bv, C, H, dv].
 
-    q [Bq, C, H, dh]; k_cache [Bq, S, K, dh], v_cache [Bv, S, K, dv]; gives [Bv, C, H, dv] in v_cache's dtype. `offset`
-    is an integer or a traced int32. What the caches hold from offset + C on is not read, but must be finite.
+    Returns the cache with them in it. What it has beyond its length is not read, but must be finite.
     """
-    return query_chunks.mix(q, k_cache, v_cache, _SOFTMAX, chunk, offset)
+    new, cache = cache.is_new, kv_cache.append(cache, k, v)
+    if new:
+        return query_chunks.mix(q, k, v, _SOFTMAX, chunk), cache
+    return query_chunks.mix_last(q, cache, v.shape[0], _SOFTMAX, chunk), cache

@@ -23,10 +23,13 @@ from deconstruct.types import Streams
 
 
 class Cache(NamedTuple):
-    """What a batch of sequences has left behind: one entry per layer, and the position that comes next."""
+    """What a batch of sequences has left behind: one entry per layer, and the position that comes next.
+
+    Empty, its position is a Python 0, so that what starts a sequence is compiled without a past.
+    """
 
     layers: tuple[Any, ...]
-    position: jax.Array  # int32 []
+    position: int | jax.Array  # int32 []
 
 
 def init_cache(model: LanguageModel, batch: int, length: int) -> Cache:
@@ -34,7 +37,7 @@ def init_cache(model: LanguageModel, batch: int, length: int) -> Cache:
     config, dtype = model.config, jnp.dtype(model.config.dtype)
     mixers = [model.stack.layer(i).mixer for i in range(len(config.layers))]
     layers = tuple(() if m is None else m.init_cache(batch, length, config.hidden_size, dtype) for m in mixers)
-    return Cache(layers, jnp.zeros((), jnp.int32))
+    return Cache(layers, 0)
 
 
 def cache_bytes(cache: Any) -> int:
@@ -75,19 +78,34 @@ def extend(
     return logits[:, : model.config.vocab_size], Cache(layers, cache.position + tokens.shape[1])
 
 
+def prefill(
+    model: LanguageModel, tokens: jax.Array, constants: tuple[Any, ...], length: int
+) -> tuple[jax.Array, Cache]:
+    """`extend` from an empty cache for `length` positions."""
+    return extend(model, tokens, init_cache(model, tokens.shape[0], length), constants, length)
+
+
 def _context(model: LanguageModel, length: int, static: Streams) -> Context:
     cos, sin = rope_tables(jnp.arange(length), model.config.head_dim, model.config.rope_theta)
     return Context(cos, sin, static)
 
 
 class Decoder:
-    """`extend` compiled for one model, batch and cache length; the cache is donated from call to call."""
+    """`extend` compiled for one model, batch and cache length; the cache is donated from call to call.
+
+    decoder = Decoder(model, batch, length)
+    logits, cache = decoder.prefill(prompts)
+    logits, cache = decoder.extend(tokens, cache)
+    """
 
     def __init__(self, model: LanguageModel, batch: int, length: int):
-        self._graphdef, self._state = nnx.split(model)
+        self._graphdef, state = nnx.split(model)
+        self._state = nnx.to_pure_dict(state)  # plain dicts pass into a compiled step faster
         self.batch, self.length = batch, length
         self.constants = jax.jit(lambda state: decoding_constants(self._model(state), length))(self._state)
-        self._init = jax.jit(lambda: init_cache(self._model(self._state), batch, length))
+        self._prefill = jax.jit(
+            lambda state, constants, tokens: prefill(self._model(state), tokens, constants, length),
+        )
         self._extend = jax.jit(
             lambda state, constants, tokens, cache: extend(self._model(state), tokens, cache, constants, length),
             donate_argnums=3,
@@ -96,10 +114,10 @@ class Decoder:
     def _model(self, state: Any) -> LanguageModel:
         return nnx.merge(self._graphdef, state)
 
-    def start(self) -> Cache:
-        """An empty cache."""
-        return self._init()
+    def prefill(self, tokens: jax.Array) -> tuple[jax.Array, Cache]:
+        """The first tokens int32 [B, C], C > 0: logits of the last and the cache they leave."""
+        return self._prefill(self._state, self.constants, tokens)
 
     def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """tokens int32 [B, C], C > 0; the cache given is used up."""
+        """More tokens int32 [B, C], C > 0; the cache given is used up."""
         return self._extend(self._state, self.constants, tokens, cache)

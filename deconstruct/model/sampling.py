@@ -44,7 +44,7 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
-def choose(logits: jax.Array, seen: jax.Array, sampling: Sampling, position: jax.Array) -> jax.Array:
+def choose(logits: jax.Array, seen: jax.Array, sampling: Sampling, position: int | jax.Array) -> jax.Array:
     """The next token int32 [B] of each sequence; drawn from its own seed and the position alone."""
     logits = penalise(logits, seen, sampling.penalty)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), position))(sampling.seed)

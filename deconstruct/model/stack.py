@@ -46,7 +46,7 @@ class Block(nnx.Module):
         return streams.map(lambda x: constrain(x, RESIDUAL))
 
     def extend(
-        self, h: jax.Array, cache: Any, constants: Any, context: Context, start: jax.Array
+        self, h: jax.Array, cache: Any, constants: Any, context: Context, start: int | jax.Array
     ) -> tuple[jax.Array, Any]:
         """C more positions of the batch [B, C, d] after those in the cache; `context.static` holds those C alone."""
         if self.mixer is not None:
@@ -120,7 +120,12 @@ class Stack(nnx.Module):
         return streams, [layer_state(recorded[s][position], repeat) for s, position, repeat in places(plan)]
 
     def extend(
-        self, h: jax.Array, caches: tuple[Any, ...], constants: tuple[Any, ...], context: Context, start: jax.Array
+        self,
+        h: jax.Array,
+        caches: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        context: Context,
+        start: int | jax.Array,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """C more positions through all layers, one after the other: a cache that is not stacked can be updated in
         place."""

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from deconstruct.kernels import self_gate, softmax, taylor, taylor_diagonal
+from deconstruct.kernels import kv_cache, self_gate, softmax, taylor, taylor_diagonal
 
 STATEFUL = {
     "taylor": taylor.taylor_chunked,
@@ -55,18 +55,25 @@ def test_gradient_reaches_through_the_state(form):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, LENGTH, 4, 2, 4, 6), (1, 3, LENGTH, 2, 2, 4, 4)], ids=str)
-@pytest.mark.parametrize("traced", [True, False])
-def test_softmax_cache_equals_one_pass(shape, traced):
+def test_softmax_cache_equals_one_pass(shape):
     arrays = oracle.inputs(shape, seed=13)
     want = oracle.value_and_gradients(oracle.definition(oracle.WEIGHTS["softmax"]), arrays, "float64")[0]
     q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in arrays)
-    extend = jax.jit(softmax.softmax_extend, static_argnames=() if traced else ("offset",))
-    for piece in (LENGTH, 7, 1) if traced else (7,):
-        outs = []
-        # What is not yet written is large, so that reading it would be seen.
-        caches = [jnp.full((x.shape[0], 2 * LENGTH, *x.shape[2:]), 1e4, x.dtype) for x in (k, v)]
-        for first in range(0, LENGTH, piece):
-            last = min(first + piece, LENGTH)
-            caches = [c.at[:, first:last].set(x[:, first:last]) for c, x in zip(caches, (k, v), strict=True)]
-            outs.append(np.asarray(extend(q[:, first:last], *caches, offset=first)))
+    # A new cache says so in Python, and is not read at all; one that comes out of a program is.
+    start, extend = jax.jit(softmax.softmax_extend, static_argnames="chunk"), jax.jit(softmax.softmax_extend)
+    empty = kv_cache.init_kv_cache(shape[0], shape[1], 2 * LENGTH, *k.shape[2:], v.shape[-1], jnp.float32)
+    # What is not yet written is large, so that reading it would be seen.
+    empty = empty._replace(k=jnp.full_like(empty.k, 1e4), v=jnp.full_like(empty.v, 1e4))
+    for first, piece in ((LENGTH, LENGTH), (8, 7), (0, 7), (0, 1)):
+        outs, cache = [], empty
+        if first:
+            out, cache = start(q[:, :first], k[:, :first], v[:, :first], cache, chunk=5)
+            outs.append(np.asarray(out))
+        for begin in range(first, LENGTH, piece):
+            part = (x[:, begin : min(begin + piece, LENGTH)] for x in (q, k, v))
+            out, cache = extend(*part, cache)
+            outs.append(np.asarray(out))
         oracle.assert_near(np.concatenate(outs, axis=1), want, oracle.FLOAT32)
+        assert int(cache.length) == LENGTH
+        for kept, given in zip(kv_cache.contents(cache, *shape[:2]), (k, v), strict=True):
+            np.testing.assert_array_equal(kept[:, :LENGTH], given)

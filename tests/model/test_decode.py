@@ -16,8 +16,9 @@ LENGTH = 24
 def decode(model, tokens, chunks, cache_length=LENGTH):
     """Logits after each chunk, [chunks, B, V]."""
     decoder = Decoder(model, tokens.shape[0], cache_length)
-    cache, start, seen = decoder.start(), 0, []
-    for chunk in chunks:
+    logits, cache = decoder.prefill(tokens[:, : chunks[0]])
+    start, seen = chunks[0], [logits]
+    for chunk in chunks[1:]:
         logits, cache = decoder.extend(tokens[:, start : start + chunk], cache)
         start += chunk
         seen.append(logits)

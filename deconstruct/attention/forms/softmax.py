@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from deconstruct.attention.base import Flops, KernelForm, Shape, append, register_form
+from deconstruct.attention.base import Flops, KernelForm, Shape, register_form
 from deconstruct.kernels import reference
 from deconstruct.kernels.softmax import softmax_extend
 
@@ -22,9 +22,7 @@ class Softmax(KernelForm):
         return reference.softmax_weights(q, k)
 
     def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        start = cache["length"]
-        cache = append(cache, k, v)
-        return softmax_extend(q, cache["k"], cache["v"], start), cache
+        return softmax_extend(q, k, v, cache)
 
     def flops(self, shape: Shape) -> Flops:
         dense = super().flops(shape).dense
