@@ -23,27 +23,31 @@ CHUNK = 128
 
 
 class TaylorState(NamedTuple):
-    """The sums over all positions so far, float32 (float64 for float64 inputs)."""
+    """The sums over all positions so far, float32 (float64 for float64 inputs).
 
-    n0: jax.Array  # [Bq]
-    n1: jax.Array  # [Bq, K, dh]
-    n2: jax.Array  # [Bq, K, dh, dh]
-    s0: jax.Array  # [Bv, K, dv]
-    s1: jax.Array  # [Bv, K, dh, dv]
-    s2: jax.Array  # [Bv, K, dh, dh, dv]
+    Laid out like a `KVCache`, and for the same reason: Z = Bq K counts sequences and kv heads, w = (Bv / Bq) dv.
+    """
+
+    n0: jax.Array  # []
+    n1: jax.Array  # [Z, dh]
+    n2: jax.Array  # [Z, dh, dh]
+    s0: jax.Array  # [Z, w]
+    s1: jax.Array  # [Z, dh, w]
+    s2: jax.Array  # [Z, dh dh, w]
 
 
 def init_taylor_state(
     qk_batch: int, batch: int, kv_heads: int, dh: int, dv: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> TaylorState:
     """The state before the first position: all sums zero. `qk_batch` is Bq, `batch` is Bv."""
+    rows, width = qk_batch * kv_heads, batch // qk_batch * dv
     return TaylorState(
-        n0=jnp.zeros((qk_batch,), dtype),
-        n1=jnp.zeros((qk_batch, kv_heads, dh), dtype),
-        n2=jnp.zeros((qk_batch, kv_heads, dh, dh), dtype),
-        s0=jnp.zeros((batch, kv_heads, dv), dtype),
-        s1=jnp.zeros((batch, kv_heads, dh, dv), dtype),
-        s2=jnp.zeros((batch, kv_heads, dh, dh, dv), dtype),
+        n0=jnp.zeros((), dtype),
+        n1=jnp.zeros((rows, dh), dtype),
+        n2=jnp.zeros((rows, dh, dh), dtype),
+        s0=jnp.zeros((rows, width), dtype),
+        s1=jnp.zeros((rows, dh, width), dtype),
+        s2=jnp.zeros((rows, dh * dh, width), dtype),
     )
 
 
@@ -72,55 +76,75 @@ def taylor_chunked(
     extended by another call with that state. Any L: padding at the end is zeros, which add nothing to any sum. The
     backward pass forms the features again, chunk by chunk, and keeps one state a chunk.
     """
-    batch, length, _, dh = q.shape
-    kv_heads = k.shape[2]
-    dtype = grouped.accumulation_dtype(q, k, v)
+    batch, length, heads, dh = q.shape
+    kv_heads, dv = v.shape[2:]
+    decoding = state is not None and length == 1
     if state is None:
-        state = init_taylor_state(batch, v.shape[0], kv_heads, dh, v.shape[-1], dtype)
-    size = min(chunk, length)
+        state = init_taylor_state(batch, v.shape[0], kv_heads, dh, dv, grouped.accumulation_dtype(q, k, v))
+    groups, size = heads // kv_heads, min(chunk, length)
     queries = jnp.moveaxis(grouped.cut(grouped.split_queries(q, kv_heads), 3, size), 3, 0)
     keys = jnp.moveaxis(grouped.cut(grouped.split_keys(k), 2, size), 2, 0)
     values = jnp.moveaxis(grouped.cut(grouped.split_values(v, batch), 2, size), 2, 0)
-    rows = state._replace(**{name: grouped.split_rows(getattr(state, name), batch) for name in ("s0", "s1", "s2")})
-    rows, out = jax.lax.scan(jax.checkpoint(_step, prevent_cse=False), rows, (queries, keys, values))
-    out = grouped.merge_results(grouped.join(jnp.moveaxis(out, 0, 3), 3, length))
-    merged = {name: grouped.merge_rows(getattr(rows, name)) for name in ("s0", "s1", "s2")}
-    return out, rows._replace(n0=state.n0 + length, **merged)
+    # As in `query_chunks`: r = groups x positions, w = rows x dv.
+    queries = queries.reshape(*queries.shape[:3], -1, dh)
+    values = values.reshape(*values.shape[:4], -1)
+    if decoding:
+        state, out = _single(state, *(x.reshape(-1, *x.shape[3:]) for x in (queries, keys, values)))
+    else:
+        rows = TaylorState(state.n0, *(x.reshape(batch, kv_heads, *x.shape[1:]) for x in state[1:]))
+        rows, out = jax.lax.scan(jax.checkpoint(_step, prevent_cse=False), rows, (queries, keys, values))
+        state = TaylorState(state.n0 + length, *(x.reshape(-1, *x.shape[2:]) for x in rows[1:]))
+    out = out.reshape(-1, batch, kv_heads, groups, size, v.shape[0] // batch, dv)
+    return grouped.merge_results(grouped.join(jnp.moveaxis(out, 0, 3), 3, length)), state
 
 
 def _step(state: TaylorState, chunk: tuple[jax.Array, ...]) -> tuple[TaylorState, jax.Array]:
-    """One chunk: what it reads from itself and from the state, and the state after it. Rows s* are [b, n, K, ...]."""
+    """One chunk, q [..., r, dh], k [..., s, dh], v [..., s, w]: the state after it, and what it reads [..., r, w] from
+    itself and from the state before."""
     q, k, v = chunk
-    scale = q.shape[-1] ** -0.5
-    dtype = state.n1.dtype
-    mask = grouped.causal_mask(q.shape[3], k.shape[2])
-    x = grouped.contract("bkgld,bksd->bkgls", q, k) * scale
+    positions = k.shape[-2]
+    mask = jnp.tile(grouped.causal_mask(positions, positions), (q.shape[-2] // positions, 1))
+    x = grouped.contract("...rd,...sd->...rs", q, k) * q.shape[-1] ** -0.5
     weights = _weights(_slope(x, mask), mask)
-    numerator = grouped.contract("bkgls,bksne->bkglne", weights.astype(v.dtype), v)
-    numerator += jnp.moveaxis(state.s0, 1, 2)[:, :, None, None]
-    numerator += grouped.contract("bkgld,bnkde->bkglne", q, state.s1.astype(q.dtype)) * scale
-    pairs = (q[..., :, None] * q[..., None, :]).reshape(*q.shape[:-1], -1)
-    flat = state.s2.reshape(*state.s2.shape[:3], pairs.shape[-1], -1)
-    numerator += grouped.contract("bkglp,bnkpe->bkglne", pairs, flat.astype(q.dtype)) * (scale**2 / 2)
+    numerator, sums = _read(state, q)
+    numerator += grouped.contract("...rs,...sw->...rw", weights.astype(v.dtype), v)
+    return _add(state, k, v), (numerator / (sums + weights.sum(-1))[..., None]).astype(v.dtype)
+
+
+def _single(state: TaylorState, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[TaylorState, jax.Array]:
+    """A chunk of one position. It reads itself out of the state after it, so that the state is updated in place."""
+    state = _add(state, k, v)
+    numerator, sums = _read(state, q)
+    return state, (numerator / sums[..., None]).astype(v.dtype)
+
+
+def _read(state: TaylorState, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the positions in a state give to the queries: numerators [..., r, w] and normalisers [..., r]."""
+    scale = q.shape[-1] ** -0.5
+    numerator = state.s0[..., None, :] + grouped.contract("...rd,...dw->...rw", q, state.s1.astype(q.dtype)) * scale
+    numerator += grouped.contract("...rp,...pw->...rw", _pairs(q), state.s2.astype(q.dtype)) * (scale**2 / 2)
     # The three orders of the normaliser may cancel in part (only their sum is positive): float32 from the inputs on.
-    exact = q.astype(dtype)
-    sums = weights.sum(-1) + state.n0[:, None, None, None]
-    sums += grouped.exactly("bkgld,bkd->bkgl", exact, state.n1) * scale
-    sums += (grouped.exactly("bkgld,bkdc->bkglc", exact, state.n2) * exact).sum(-1) * (scale**2 / 2)
-    return _add(state, k, v), (numerator / sums[..., None, None]).astype(v.dtype)
+    exact = q.astype(state.n1.dtype)
+    sums = state.n0 + grouped.exactly("...rd,...d->...r", exact, state.n1) * scale
+    sums += (grouped.exactly("...rd,...dc->...rc", exact, state.n2) * exact).sum(-1) * (scale**2 / 2)
+    return numerator, sums
 
 
 def _add(state: TaylorState, k: jax.Array, v: jax.Array) -> TaylorState:
-    dtype = state.n1.dtype
-    pairs = (k[..., :, None] * k[..., None, :]).reshape(*k.shape[:-1], -1)
+    exact = k.astype(state.n1.dtype)
     return TaylorState(
-        n0=state.n0 + k.shape[2],  # too many on a padded last chunk, after which nothing reads it
-        n1=state.n1 + k.astype(dtype).sum(2),
-        n2=state.n2 + grouped.exactly("bksd,bksc->bkdc", k.astype(dtype), k.astype(dtype)),
-        s0=state.s0 + jnp.moveaxis(v.astype(dtype).sum(2), 2, 1),
-        s1=state.s1 + grouped.contract("bksd,bksne->bnkde", k, v),
-        s2=state.s2 + grouped.contract("bksp,bksne->bnkpe", pairs, v).reshape(state.s2.shape),
+        n0=state.n0 + k.shape[-2],  # too many on a padded last chunk, after which nothing reads it
+        n1=state.n1 + exact.sum(-2),
+        n2=state.n2 + grouped.exactly("...sd,...sc->...dc", exact, exact),
+        s0=state.s0 + v.astype(state.s0.dtype).sum(-2),
+        s1=state.s1 + grouped.contract("...sd,...sw->...dw", k, v),
+        s2=state.s2 + grouped.contract("...sp,...sw->...pw", _pairs(k), v),
     )
+
+
+def _pairs(x: jax.Array) -> jax.Array:
+    """All products of two entries, [..., dh] -> [..., dh dh]."""
+    return (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1)
 
 
 def chunked_is_cheaper(
