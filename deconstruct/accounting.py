@@ -1,4 +1,4 @@
-"""What a model costs: parameters, floating-point operations, cache bytes, model FLOPs utilisation.
+"""What a model costs: parameters, floating-point operations, bytes of cache and activations, model FLOPs utilisation.
 
 FLOPs count a multiply-add as two. `needed` counts causal attention as half of its square and recurrences as what
 they are; recomputation (remat) is not needed work. `dense` counts whole L x L maps, as the tables of
@@ -20,8 +20,9 @@ from deconstruct.attention.base import Flops
 from deconstruct.attention.variants import fixed_source
 from deconstruct.config import ModelConfig
 from deconstruct.layout import STANDARD
+from deconstruct.model import decode
 from deconstruct.model.language_model import abstract_model
-from deconstruct.model.stack import Block
+from deconstruct.programs import abstract_block, block_program, kept_bytes
 
 # Peak dense bf16 FLOP/s of one device, by what its `device_kind` contains (vendors' data sheets). First match counts.
 PEAK_FLOPS = {
@@ -55,12 +56,8 @@ def parameters(config: ModelConfig) -> dict[str, Any]:
     return {"total": count(model), "embedding": count(model.embed) + head, "mixer_per_layer": mixers}
 
 
-def _abstract_block(config: ModelConfig, name: str | None) -> Block:
-    return nnx.eval_shape(lambda: Block(config, name, nnx.Rngs(params=jax.random.key(0))))
-
-
 def _count_mixer(config: ModelConfig, name: str | None) -> int:
-    mixer = _abstract_block(config, name).mixer
+    mixer = abstract_block(config, name).mixer
     return 0 if mixer is None else count(mixer)
 
 
@@ -86,7 +83,7 @@ def forward_flops(config: ModelConfig, batch: int, length: int) -> Flops:
     for i, name in enumerate(config.layers):
         sequences = batch + (1 if readers and i < readers[-1] else 0)
         total += Flops.exactly(6.0 * sequences * length * config.hidden_size * config.intermediate_size)
-        mixer = _abstract_block(config, name).mixer
+        mixer = abstract_block(config, name).mixer
         if mixer is None:
             continue
         total += mixer.flops(batch, length)
@@ -103,6 +100,27 @@ def _fixed_stream_flops(mixer: Any, length: int) -> Flops:
     return mixer.flops(1, length)
 
 
+def prefill_flops(config: ModelConfig, batch: int, length: int) -> Flops:
+    """Of a prompt of `length` tokens in each of `batch` sequences: a forward pass with the logits of the last token."""
+    forward = forward_flops(config, batch, length)
+    unread = 2.0 * batch * (length - 1) * config.hidden_size * config.padded_vocab
+    return Flops(forward.dense - unread, forward.needed - unread)
+
+
+def decode_flops(config: ModelConfig, batch: int, length: int) -> Flops:
+    """Of one more token of each sequence, the last that a cache for `length` positions has room for.
+
+    What decoding needs of a fixed stream is computed beforehand and not included.
+    """
+    size, hidden = config.hidden_size, config.intermediate_size
+    total = Flops.exactly(2.0 * batch * size * config.padded_vocab)
+    for name in config.layers:
+        mixer = abstract_block(config, name).mixer
+        total += Flops.exactly(6.0 * batch * size * hidden)
+        total += Flops.exactly(0) if mixer is None else mixer.decode_flops(batch, length)
+    return total
+
+
 def train_flops(config: ModelConfig, batch: int, length: int) -> Flops:
     """Of one update: the backward pass takes two matmuls for each of the forward's."""
     forward = forward_flops(config, batch, length)
@@ -110,13 +128,24 @@ def train_flops(config: ModelConfig, batch: int, length: int) -> Flops:
 
 
 def cache_bytes(config: ModelConfig, batch: int, length: int) -> int:
-    """Bytes that decoding keeps for `length` positions, from the shapes of each form's own cache."""
+    """Bytes that decoding keeps for `length` positions, from the shapes of each mixer's own cache."""
     total = 0
     for name in config.layers:
-        mixer = _abstract_block(config, name).mixer
-        if isinstance(mixer, Attention):
-            shape, dtype = mixer.shape(batch, length), jnp.dtype(config.dtype)
-            cache = jax.eval_shape(functools.partial(mixer.form.init_cache, shape, dtype))
-            # The position, a scalar, is not counted.
-            total += sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.shape)
+        mixer = abstract_block(config, name).mixer
+        if mixer is not None:
+            init = functools.partial(mixer.init_cache, batch, length, config.hidden_size, jnp.dtype(config.dtype))
+            total += decode.cache_bytes(jax.eval_shape(init))
     return total
+
+
+def activation_bytes(config: ModelConfig, batch: int, length: int) -> int:
+    """Bytes that the layers keep between the forward and the backward pass of `batch` sequences, as `config.remat` has
+    it: with it the streams entering each layer, and one layer's own activations while it is run again; without it
+    the activations of all. From what JAX keeps when each layer is differentiated.
+    """
+    own = {name: kept_bytes(block_program(config, name, batch, length)) for name in set(config.layers)}
+    if not config.remat:
+        return sum(own[name] for name in config.layers)
+    readers = [i for i, name in enumerate(config.layers) if fixed_source((name,))]
+    streams = batch * len(config.layers) + (readers[-1] + 1 if readers else 0)
+    return streams * length * config.hidden_size * jnp.dtype(config.dtype).itemsize + max(own.values())

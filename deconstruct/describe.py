@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from deconstruct import accounting
+from deconstruct import accounting, costs
 from deconstruct.config import Config, load_config
 from deconstruct.types import UserError
 
@@ -15,6 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
+        "--costs",
+        action="store_true",
+        help="also every variant's costs: formulas beside compiled programs",
+    )
+    parser.add_argument(
         "--batch", type=int, default=1, metavar="B", help="sequences that FLOPs and cache are for (default 1)"
     )
 
@@ -22,13 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch}: must be at least 1")
-    description = describe(load_config(arguments.config, arguments=arguments.overrides), arguments.batch)
+    config = load_config(arguments.config, arguments=arguments.overrides)
+    description = describe(config, arguments.batch)
+    if arguments.costs:
+        description["costs"] = costs.costs(config.model, arguments.batch, config.sequence_length)
     print(json.dumps(description) if arguments.json else as_text(description))
+    if arguments.costs and not arguments.json:
+        print("\n" + costs.as_text(description["costs"]))
     return 0
 
 
 def describe(config: Config, batch: int = 1) -> dict[str, Any]:
-    """Layers, plan, parameters, FLOPs of `batch` sequences and bytes of their cache; nothing is allocated."""
+    """Layers, plan, parameters, FLOPs of `batch` sequences, bytes of their cache and activations; nothing is
+    allocated."""
     model, length = config.model, config.sequence_length
     parameters = accounting.parameters(model)
     difference = accounting.difference_from_standard(model)
@@ -49,8 +60,11 @@ def describe(config: Config, batch: int = 1) -> dict[str, Any]:
             "forward_dense": forward.dense,
             "train": train.needed,
             "train_dense": train.dense,
+            "prefill": accounting.prefill_flops(model, batch, length).needed,
+            "decode": accounting.decode_flops(model, batch, length).needed,
         },
         "cache_bytes": accounting.cache_bytes(model, batch, length),
+        "activation_bytes": accounting.activation_bytes(model, batch, length),
         "vocabulary": {"size": model.vocab_size, "padded": model.padded_vocab},
         "tokens_per_step": config.batch_size * length,
     }
@@ -70,7 +84,9 @@ def as_text(description: dict[str, Any]) -> str:
         f"vocabulary  {description['vocabulary']['size']:,}, padded to {description['vocabulary']['padded']:,}",
         f"FLOPs       forward {flops['forward']:.4g}, training {flops['train']:.4g} "
         f"({flops['batch']} x {flops['sequence_length']} tokens; causal half, no recomputation)",
+        f"            prefill {flops['prefill']:.4g}, one more token {flops['decode']:.4g}",
         f"cache       {description['cache_bytes']:,} bytes at {flops['sequence_length']} positions",
+        f"activations {description['activation_bytes']:,} bytes kept for the backward pass",
         f"a step      {description['tokens_per_step']:,} tokens",
         "",
         "layer  variant              mixer parameters  against standard",

@@ -22,11 +22,13 @@ FLOORS = [
     {"kernels", "data"},
     {"attention"},
     {"model"},
+    {"programs", "paper_costs"},
     {"accounting"},
     {"checkpoint"},
     {"workdir"},
     {"train", "evaluate", "interop"},
-    {"bench", "describe", "generate"},
+    {"costs", "bench", "generate"},
+    {"describe"},
     {"cli"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -104,8 +104,15 @@ class Attention(Mixer):
         return Shape(batch, 1 if self.source.fixed else batch, length, heads, kv_heads, head_dim)
 
     def flops(self, batch: int, length: int) -> Flops:
-        d, heads, kv_heads, head_dim = self.sizes
         shape = self.shape(batch, length)
-        per_token = {"qk": 2.0 * d * (heads + kv_heads) * head_dim, "vo": 2.0 * d * (kv_heads + heads) * head_dim}
-        projections = length * (shape.qk_batch * per_token["qk"] + batch * per_token["vo"])
-        return Flops.exactly(projections) + self.form.flops(shape)
+        return self._projections(shape.qk_batch * length, batch * length) + self.form.flops(shape)
+
+    def decode_flops(self, batch: int, length: int) -> Flops:
+        # Queries and keys of a fixed source are constants.
+        return self._projections(0 if self.source.fixed else batch, batch) + self.form.decode_flops(
+            self.shape(batch, length)
+        )
+
+    def _projections(self, qk_tokens: int, vo_tokens: int) -> Flops:
+        d, heads, kv_heads, head_dim = self.sizes
+        return Flops.exactly(2.0 * (qk_tokens + vo_tokens) * d * (heads + kv_heads) * head_dim)

@@ -69,6 +69,7 @@ class Form:
     name: ClassVar[str]
     relaxes: ClassVar[tuple[str, ...]] = ()
     uses_rope: ClassVar[bool] = True
+    overhead: ClassVar[str] = ""  # what `mix` computes beyond the `needed` of `flops`, in words
 
     def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
         """The definition: float32 [Bq, heads, L, L], causal, rows summing to one.
@@ -178,6 +179,10 @@ class Mixer(nnx.Module):
     def flops(self, batch: int, length: int) -> Flops:
         """Of the whole mixer, projections included, over `batch` sequences (and the fixed stream, if it reads one)."""
         raise NotImplementedError
+
+    def decode_flops(self, batch: int, length: int) -> Flops:
+        """Of `extend` by one token of each sequence, with `length` positions in the cache."""
+        return self.flops(batch, length)
 
 
 FORMS: dict[str, type[Form]] = {}

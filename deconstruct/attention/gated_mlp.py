@@ -58,3 +58,6 @@ class GatedMLP(Mixer):
 
     def flops(self, batch: int, length: int) -> Flops:
         return Flops.exactly(6.0 * batch * length * self.size * self.width)
+
+    def decode_flops(self, batch: int, length: int) -> Flops:
+        return self.flops(batch, 1)

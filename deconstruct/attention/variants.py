@@ -16,7 +16,7 @@ from deconstruct.attention.source import SOURCES, Source
 from deconstruct.config import ModelConfig
 from deconstruct.types import UserError
 
-# arXiv:2510.11602's seven variants; the eighth, mlp, is a mixer of its own.
+# The seven variants of arXiv:2510.11602. mlp is a mixer of its own.
 VARIANTS = {
     "standard": "hidden/softmax",
     "approximate": "hidden/taylor",
@@ -26,6 +26,12 @@ VARIANTS = {
     "static_emb_qk": "static_embedding/softmax",
     "mlp": "mlp",
 }
+
+
+def one_of_each() -> list[str]:
+    """The paper's variants, then every other form (over hidden states) and every other mixer there is."""
+    forms = [name for name in FORMS if f"hidden/{name}" not in VARIANTS.values()]
+    return [*VARIANTS, *forms, *(name for name in MIXERS if name not in VARIANTS)]
 
 
 class Variant(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from deconstruct.attention.base import Context
@@ -42,7 +43,7 @@ def init_cache(model: LanguageModel, batch: int, length: int) -> Cache:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of a cache (or its shapes), positions not counted."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.shape)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache) if np.ndim(x))
 
 
 def decoding_constants(model: LanguageModel, length: int) -> tuple[Any, ...]:

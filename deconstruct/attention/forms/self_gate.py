@@ -21,6 +21,7 @@ from deconstruct.kernels.self_gate import init_self_gate_state, self_gate_attent
 class SelfGate(KernelForm):
     name = "self_gate"
     relaxes = ("mathematical form",)
+    overhead = "the small matmuls that form prefix sums within chunks of 64 positions"
     uses_rope = False
 
     def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:

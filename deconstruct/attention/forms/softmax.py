@@ -17,6 +17,7 @@ from deconstruct.kernels.softmax import softmax_extend
 @register_form
 class Softmax(KernelForm):
     name = "softmax"
+    overhead = "the cells above the diagonal within each chunk of queries"
 
     def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return reference.softmax_weights(q, k)

@@ -20,6 +20,10 @@ from deconstruct.kernels.taylor import init_taylor_state, taylor_chunked
 class Taylor(KernelForm):
     name = "taylor"
     relaxes = ("mathematical form",)
+    overhead = (
+        "the cells above the diagonal within each chunk of queries (or, where the recurrence is cheaper, by XLA "
+        "counting one chunk of its scan)"
+    )
 
     def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return reference.taylor_weights(q, k)

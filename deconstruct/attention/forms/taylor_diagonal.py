@@ -24,6 +24,7 @@ from deconstruct.kernels.taylor_diagonal import init_taylor_diagonal_state, tayl
 class TaylorDiagonal(KernelForm):
     name = "taylor_diagonal"
     relaxes = ("mathematical form",)
+    overhead = "the maps of two orders within chunks of 64 positions"
 
     def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return reference.taylor_diagonal_weights(q, k)

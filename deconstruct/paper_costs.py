@@ -1,0 +1,72 @@
+"""What a layer costs by the paper's own formulas (arXiv:2510.11602, tables 5 to 8), and where ours differ.
+
+B sequences of L positions, width d, h heads, on one device; FLOPs count a multiply-add as two, bytes are of bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+Formula = Callable[[float, float, float, float], float]  # of B, L, d, h
+
+
+class PaperCosts(NamedTuple):
+    prefill: Formula
+    decode: Formula
+    cache: Formula
+    activations: Formula
+    differs: str
+
+
+_PROJECTIONS = "the output projection is left out (6 of 8 B L d^2)"
+
+_STANDARD = PaperCosts(
+    prefill=lambda B, L, d, h: 4 * B * L**2 * d + 6 * B * L * d**2,
+    decode=lambda B, L, d, h: 6 * B * d**2 + 4 * B * L * d,
+    cache=lambda B, L, d, h: 4 * B * L * d,
+    activations=lambda B, L, d, h: 8 * B * L * d + 2 * B * L**2 * h,
+    differs=_PROJECTIONS,
+)
+
+# The rows of fixed_seq_qk and rnd_emb_qk.
+_FIXED = PaperCosts(
+    prefill=lambda B, L, d, h: 2 * L**2 * d + 2 * B * L**2 * d + 6 * B * L * d**2,
+    decode=lambda B, L, d, h: 2 * L * d + 2 * B * L * d + 6 * B * d**2,
+    cache=lambda B, L, d, h: 2 * (B + 1) * L * d,
+    activations=lambda B, L, d, h: 4 * B * L * d + 8 * L * d + 2 * L**2 * h,
+    differs=f"{_PROJECTIONS}, and Q and K are projected for every sequence: here once for all (4 L d^2), "
+    "and not at all in decoding, where they are constants",
+)
+
+PAPER_COSTS: dict[str, PaperCosts] = {
+    "standard": _STANDARD,
+    "static_emb_qk": _STANDARD,
+    "rnd_emb_qk": _FIXED,
+    "fixed_seq_qk": _FIXED,
+    "mlp": PaperCosts(
+        prefill=lambda B, L, d, h: 6 * B * L * d**2,
+        decode=lambda B, L, d, h: 6 * B * d**2,
+        cache=lambda B, L, d, h: 0,
+        activations=lambda B, L, d, h: 8 * B * L * d,
+        differs="three matmuls between widths d and 4 d / 3 are 6 B L d^2; they are 8",
+    ),
+    "non_approximate": PaperCosts(
+        prefill=lambda B, L, d, h: 6 * B * L * d**2,
+        decode=lambda B, L, d, h: 6 * B * d**2,
+        cache=lambda B, L, d, h: 2 * B * d + 4 * B * h,
+        activations=lambda B, L, d, h: 8 * B * L * d + 4 * B * L * h,
+        differs=f"{_PROJECTIONS}, and so is the running mean, of order B L d; our state is float32, twice the bytes",
+    ),
+    # Printed for `approximate`; they are those of its recurrence (equations 14 to 17).
+    "taylor_diagonal": PaperCosts(
+        prefill=lambda B, L, d, h: 14 * B * L * d**2,
+        decode=lambda B, L, d, h: 10 * B * d**2,
+        cache=lambda B, L, d, h: 6 * B * d + 4 * B * d**2 / h,
+        activations=lambda B, L, d, h: 11 * B * L * d + 3 * B * d**2 / h,
+        differs=f"{_PROJECTIONS}; the recurrence is counted as 8 B L d^2 (4 B d^2 in decoding), as if there were one "
+        "head: h heads take 8 B L d^2 / h (8 B d^2 / h); our state is float32, twice the bytes",
+    ),
+}
+
+WITHOUT_ROW = {"approximate": "the row of this name is that of a recurrence with less state: see taylor_diagonal"}

@@ -1,0 +1,204 @@
+"""What programs really do: FLOPs as XLA counts them, and the bytes that the backward pass keeps. Nothing is computed.
+
+Programs are those of one layer, or of a whole model with its layers unrolled: XLA counts the body of a loop once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import Literal
+
+from deconstruct.attention.base import Context
+from deconstruct.attention.variants import fixed_source, reads_static
+from deconstruct.config import ModelConfig
+from deconstruct.kernels.cross_entropy import cross_entropy
+from deconstruct.model import decode
+from deconstruct.model.language_model import abstract_model
+from deconstruct.model.stack import Block
+from deconstruct.types import Streams
+
+
+class Program(NamedTuple):
+    """A function of parameters and other inputs, and their shapes."""
+
+    function: Callable[..., Any]
+    parameters: Any
+    inputs: tuple[Any, ...]
+
+
+def compiled_flops(program: Program) -> float:
+    """XLA's analysis of the optimised program, for the default device. Element-wise operations count one each."""
+    compiled = jax.jit(program.function).lower(program.parameters, *program.inputs).compile()
+    analysis = compiled.cost_analysis()
+    assert analysis is not None
+    return float(analysis["flops"])
+
+
+def kept_bytes(program: Program) -> int:
+    """Bytes that differentiation keeps from the forward pass for the backward pass, parameters (and what is made of
+    them alone) left out."""
+    leaves = len(jax.tree.leaves(program.parameters))
+
+    def residuals(*arguments: Any) -> list[Any]:
+        return jax.tree.leaves(jax.vjp(program.function, *arguments)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(program.parameters, *program.inputs).jaxpr
+    depends = set(jaxpr.invars[leaves:])
+    for equation in jaxpr.eqns:
+        if any(not isinstance(x, Literal) and x in depends for x in equation.invars):
+            depends.update(equation.outvars)
+    kept = {x for x in jaxpr.outvars if not isinstance(x, Literal) and x in depends}
+    return sum(_bytes(x.aval) for x in kept)
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.shape) * x.dtype.itemsize
+
+
+def with_gradients(program: Program) -> Program:
+    """Forward and backward pass: the result of a program, and its gradients for a cotangent of every output."""
+
+    def both(parameters: Any, inputs: tuple[Any, ...], cotangents: Any) -> Any:
+        out, pull = jax.vjp(program.function, parameters, *inputs)
+        return out, pull(cotangents)
+
+    out = jax.eval_shape(program.function, program.parameters, *program.inputs)
+    return Program(both, program.parameters, (program.inputs, out))
+
+
+def mixer_program(config: ModelConfig, name: str, batch: int, length: int) -> Program:
+    """One layer's mixer over normed streams, what it adds to h out. Of the fixed stream: only what h reads of it."""
+    mixer = abstract_block(config, name).mixer
+    assert mixer is not None
+    graphdef, parameters = _split(mixer)
+    streams, static, context = _mixer_inputs(config, name, batch, length)
+
+    def run(parameters: Any, streams: Streams, static: Streams, context: Context) -> jax.Array:
+        return nnx.merge(graphdef, parameters)(streams, static, context).h
+
+    return Program(run, parameters, (streams, static, context))
+
+
+def mixer_decode_program(config: ModelConfig, name: str, batch: int, length: int) -> Program:
+    """One more token through one layer's mixer, with a cache for `length` positions."""
+    mixer = abstract_block(config, name).mixer
+    assert mixer is not None
+    graphdef, parameters = _split(mixer)
+    _, static, context = _mixer_inputs(config, name, batch, length)
+    cache = jax.eval_shape(lambda: mixer.init_cache(batch, length, config.hidden_size, jnp.dtype(config.dtype)))
+    constants = _constants(config, name, batch, length)
+    token = jax.ShapeDtypeStruct((batch, 1, config.hidden_size), config.dtype)
+
+    def run(parameters: Any, h: Any, static: Any, cache: Any, constants: Any, context: Context, start: Any) -> Any:
+        return nnx.merge(graphdef, parameters).extend(h, static, cache, constants, context, start)
+
+    start = jax.ShapeDtypeStruct((), jnp.int32)
+    return Program(run, parameters, (token, None if static.h is None else token, cache, constants, context, start))
+
+
+def constant_bytes(config: ModelConfig, name: str, batch: int, length: int) -> int:
+    """What decoding keeps of the fixed stream for one layer, beside its cache; it does not depend on the batch."""
+    return sum(_bytes(x) for x in jax.tree.leaves(_constants(config, name, batch, length)))
+
+
+def _constants(config: ModelConfig, name: str, batch: int, length: int) -> Any:
+    graphdef, parameters = _split(abstract_block(config, name))
+    streams, _, context = _mixer_inputs(config, name, batch, length)
+
+    def constants(parameters: Any, streams: Streams, context: Context) -> Any:
+        return nnx.merge(graphdef, parameters).constants(streams, context)
+
+    return jax.eval_shape(constants, parameters, streams, context)
+
+
+def block_program(config: ModelConfig, name: str | None, batch: int, length: int) -> Program:
+    """A whole layer as it is trained, residual streams in and out."""
+    block = abstract_block(config, name)
+    graphdef, parameters = _split(block)
+    streams, static, context = _mixer_inputs(config, name, batch, length)
+
+    def run(parameters: Any, streams: Streams, context: Context) -> Streams:
+        return nnx.merge(graphdef, parameters)(streams, context)
+
+    return Program(run, parameters, (streams, context._replace(static=static)))
+
+
+def model_prefill_program(config: ModelConfig, batch: int, length: int) -> Program:
+    """A prompt through the whole model, unrolled: the logits of its last token. The fixed stream passes through too."""
+    graphdef, parameters = _split(abstract_model(_unrolled(config)))
+
+    def run(parameters: Any, tokens: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, parameters)
+        hidden, _ = model.hidden(tokens)
+        table = model.output_table().astype(hidden.dtype)
+        return jnp.einsum("bd,vd->bv", hidden[:, -1], table, preferred_element_type=jnp.float32)
+
+    return Program(run, parameters, (_tokens(batch, length),))
+
+
+def model_decode_program(config: ModelConfig, batch: int, length: int) -> Program:
+    """One more token of each sequence through the whole model, with caches for `length` positions."""
+    graphdef, parameters = _split(abstract_model(_unrolled(config)))
+
+    def prepare(parameters: Any) -> Any:
+        model = nnx.merge(graphdef, parameters)
+        return decode.init_cache(model, batch, length), decode.decoding_constants(model, length)
+
+    cache, constants = jax.eval_shape(prepare, parameters)
+
+    def run(parameters: Any, tokens: jax.Array, cache: Any, constants: Any) -> Any:
+        return decode.extend(nnx.merge(graphdef, parameters), tokens, cache, constants, length)
+
+    return Program(run, parameters, (_tokens(batch, 1), cache, constants))
+
+
+def model_train_program(config: ModelConfig, batch: int, length: int) -> Program:
+    """Loss and gradients of the whole model, unrolled, nothing recomputed; without the optimizer."""
+    graphdef, parameters = _split(abstract_model(_unrolled(config)))
+
+    def loss(parameters: Any, tokens: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, parameters)
+        hidden, _ = model.hidden(tokens)
+        return cross_entropy(hidden, model.output_table(), targets, weights, config.vocab_size, chunks=1)
+
+    def run(parameters: Any, *batch: Any) -> Any:
+        return jax.value_and_grad(loss, allow_int=True)(parameters, *batch)
+
+    tokens = _tokens(batch, length)
+    return Program(run, parameters, (tokens, tokens, jax.ShapeDtypeStruct((batch, length), jnp.float32)))
+
+
+def abstract_block(config: ModelConfig, name: str | None) -> Block:
+    """One layer, with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: Block(config, name, nnx.Rngs(params=jax.random.key(0))))
+
+
+def _split(module: nnx.Module) -> tuple[Any, Any]:
+    graphdef, state = nnx.split(module)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def _unrolled(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, scan=False, remat=False)
+
+
+def _tokens(batch: int, length: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+
+def _mixer_inputs(config: ModelConfig, name: str | None, batch: int, length: int) -> tuple[Streams, Streams, Context]:
+    def stream(rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, length, config.hidden_size), config.dtype)
+
+    reads_fixed = fixed_source((name,)) is not None
+    streams = Streams(stream(batch), stream(1) if reads_fixed else None)
+    static = Streams(stream(batch)) if reads_static((name,)) else Streams(None)
+    angles: Any = jax.ShapeDtypeStruct((length, config.head_dim // 2), jnp.float32)
+    return streams, static, Context(angles, angles, Streams(None))
