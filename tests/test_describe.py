@@ -1,5 +1,7 @@
 """What a configuration is, in numbers that can be checked by hand."""
 
+import gc
+
 import jax
 import pytest
 
@@ -24,7 +26,7 @@ def test_the_numbers_are_those_of_the_model_that_is_built(name):
     assert found["difference_from_standard"] == sum(found["mixer_difference_per_layer"])
     assert found["mixer_difference_per_layer"][1::2] == [0, 0]
     assert found["vocabulary"] == {"size": 40, "padded": 128} and found["tokens_per_step"] == 8 * 12
-    assert as_text(found).count("\n") == 8 + 3
+    assert as_text(found).count("\n") == 10 + 3
 
 
 def test_flops_of_standard_by_hand():
@@ -67,6 +69,7 @@ def test_a_recurrent_state_does_not_grow_with_length(name):
 def test_nothing_is_allocated():
     """Of a model of 10 GB."""
     config = tiny_config({"hidden_size": 4096, "intermediate_size": 16_384, "num_layers": 10, "num_heads": 32})
+    gc.collect()  # what other tests have left
     before = len(jax.live_arrays())
     assert describe(config)["parameters"]["total"] > 2.5e9
     assert len(jax.live_arrays()) == before
