@@ -3,10 +3,10 @@
     A_ij = ( 1/i + x_ij / sum_m x_im + y_ij / sum_m y_im ) / 3,   x_ij = q_i . k_j / sqrt(dh),  y_ij = q_i^2 . k_j^2
     / dh
 
-Relaxes the mathematical form (arXiv:2510.11602, equations 14 to 17; that the three orders are averaged, so that a row
-sums to one, is our reading). State 2 dh^2 numbers per head. The sum of x can come near zero or change its sign, the
-sum of y can come near zero: both are guarded, see kernels/reference.py, and the map is not a probability: entries
-can be negative.
+Relaxes the mathematical form (arXiv:2510.11602, equations 14 to 17). Equation 14 adds the three orders; here they are
+averaged, so that a row sums to one: a third of the paper's output, which W_O takes up. State 2 dh^2 numbers per head.
+The sum of x can come near zero or change its sign, the sum of y can come near zero: both are guarded, see
+kernels/reference.py, and the map is not a probability: entries can be negative.
 """
 
 from __future__ import annotations
