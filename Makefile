@@ -29,10 +29,12 @@ table: $(INSTALLED)
 	done
 	$(VENV)/bin/python -m deconstruct.evaluate.table runs/table
 
-# Speed of the train step beside Hugging Face transformers, in one run.
+# Beside Hugging Face transformers and flash-linear-attention: the tests that need them, then speed, in one run each.
 peers: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	$(VENV)/bin/python -m pytest -n 2 tests/interop/test_peers.py tests/kernels/test_peers.py
 	$(DECONSTRUCT) bench --peers
+	$(DECONSTRUCT) bench generate --peers
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

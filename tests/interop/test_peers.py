@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from deconstruct.bench.generation import generation_speed
+from deconstruct.bench.rounds import Case
 from deconstruct.interop.export_checkpoint import export_checkpoint
 from deconstruct.interop.huggingface import flat, stored
 from deconstruct.interop.import_checkpoint import import_checkpoint
@@ -194,3 +196,9 @@ def test_transformers_reads_the_tokenizer(tmp_path):
     read = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours")
     assert read(text)["input_ids"] == made.encode(text).ids and read.eos_token == "<|endoftext|>"
     assert read.decode(read(text)["input_ids"]) == text
+
+
+def test_the_same_greedy_tokens():
+    """Decoded with our cache and with theirs, after the same prompts in one batch."""
+    found = generation_speed(Case("tiny", 3, 8, 300, 32, 48, 2, 4), 3, "standard", peers=True, rounds=1)
+    assert found["same_tokens"] and found["tokens_per_second"]["transformers"] > 0

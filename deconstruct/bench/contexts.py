@@ -1,0 +1,114 @@
+"""Milliseconds of one decoded token at growing contexts, for every variant, and the bytes of its cache.
+
+Caches and constants hold zeros, and positions stand at the end of the cache: what a step costs does not depend on
+what it reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deconstruct import accounting
+from deconstruct.attention.variants import one_of_each
+from deconstruct.bench.rounds import Case, Round, ratio, take_turns
+from deconstruct.config import ModelConfig
+from deconstruct.layout import STANDARD
+from deconstruct.model import decode
+from deconstruct.model.language_model import build_model
+from deconstruct.paper_costs import PAPER_COSTS
+
+CONTEXTS = (256, 1024, 4096, 16384)
+STEPS = 8
+
+
+def context_speed(case: Case, rounds: int, contexts: tuple[int, ...] = CONTEXTS) -> dict[str, Any]:
+    """One sequence, one model per variant, uniform; in each round all variants decode STEPS tokens at one context."""
+    configs = {name: dataclasses.replace(case.config(name).model, fixed_length=max(contexts)) for name in one_of_each()}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"milliseconds": [], "ratio": [], "cache_bytes": [], "paper_cache_bytes": []} for name in configs
+    }
+    models = {name: nnx.split(build_model(config)) for name, config in configs.items()}
+    for context in contexts:
+        contenders = {name: _round(*models[name], context) for name in configs}
+        seconds = take_turns(contenders, rounds, f"context {context:,}")
+        for name, row in rows.items():
+            row["milliseconds"].append(round(1e3 * statistics.median(seconds[name]) / STEPS, 2))
+            row["ratio"].append(ratio(seconds[name], seconds[STANDARD]))
+            row["cache_bytes"].append(_cache_bytes(configs[name], context))
+            row["paper_cache_bytes"].append(_paper_cache_bytes(name, configs[name], context))
+    return {"case": case._asdict(), "contexts": list(contexts), "variants": rows}
+
+
+def _round(graphdef: Any, state: Any, context: int) -> Round:
+    parameters = nnx.to_pure_dict(state)
+
+    def empty() -> Any:
+        model = nnx.merge(graphdef, parameters)
+        return decode.init_cache(model, 1, context), decode.decoding_constants(model, context)
+
+    def at_the_end(x: Any) -> jax.Array:
+        """Arrays as they are (zeros, where there is but a shape); scalars, which are positions, back to the start."""
+        if not x.shape:
+            return jnp.asarray(context - STEPS, x.dtype)
+        return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+    cache, constants = jax.tree.map(at_the_end, jax.eval_shape(empty))
+    held = {"cache": cache}
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def step(parameters: Any, constants: Any, cache: Any) -> Any:
+        return decode.extend(nnx.merge(graphdef, parameters), tokens, cache, constants, context)
+
+    compiled = jax.jit(step, donate_argnums=2)
+
+    def round_() -> float:
+        cache = jax.tree.map(at_the_end, held["cache"])
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            logits, cache = compiled(parameters, constants, cache)
+        jax.block_until_ready((logits, cache))
+        taken = time.perf_counter() - start
+        held["cache"] = cache
+        return taken
+
+    return round_
+
+
+def _cache_bytes(config: ModelConfig, context: int) -> int:
+    return accounting.cache_bytes(dataclasses.replace(config, dtype="bfloat16"), 1, context)
+
+
+def _paper_cache_bytes(name: str, config: ModelConfig, context: int) -> float | None:
+    if name not in PAPER_COSTS:
+        return None
+    return config.num_layers * PAPER_COSTS[name].cache(1, context, config.hidden_size, config.num_heads)
+
+
+def contexts_as_text(found: dict[str, Any]) -> str:
+    case = Case(**found["case"])
+    contexts = "".join(f"{context:>18,}" for context in found["contexts"])
+    lines = [f"{case.name}, d {case.hidden}, {case.layers} layers, one sequence, float32"]
+    lines += ["", f"{'ms a token (to standard)':<26}{contexts}"]
+    for name, row in found["variants"].items():
+        times = zip(row["milliseconds"], row["ratio"], strict=True)
+        lines.append(f"{name:<26}" + "".join(f"{_time(taken, against):>18}" for taken, against in times))
+    lines += ["", f"{'kB of cache, bf16 (paper)':<26}{contexts}"]
+    for name, row in found["variants"].items():
+        sizes = zip(row["cache_bytes"], row["paper_cache_bytes"], strict=True)
+        lines.append(f"{name:<26}" + "".join(f"{_size(ours, paper):>18}" for ours, paper in sizes))
+    return "\n".join(lines)
+
+
+def _time(taken: float, against: dict[str, float]) -> str:
+    return f"{taken:.2f} ({against['median']:.2f})"
+
+
+def _size(ours: int, paper: float | None) -> str:
+    return f"{ours / 1e3:,.0f} ({'-' if paper is None else f'{paper / 1e3:,.0f}'})"
