@@ -8,18 +8,19 @@ import jax.numpy as jnp
 import pytest
 
 from deconstruct import accounting, cli, costs, programs
+from deconstruct.attention.base import Form
 from deconstruct.attention.variants import find_variant
 from deconstruct.model.decode import Decoder, cache_bytes
 from deconstruct.model.language_model import build_model
 from deconstruct.paper_costs import PAPER_COSTS
 from tests.tiny import MIXER_NAMES, tiny_config
 
-BATCH, LENGTH = 2, 256
+BATCH, LENGTH = 2, 512
 
 
 def sized(name, **more):
-    """Heads of 64, as in the paper: per cell of a map the element-wise operations are then few beside the matmuls."""
-    sizes = {"hidden_size": 128, "num_heads": 2, "intermediate_size": 256, "num_layers": 2, "vocab_size": 256, **more}
+    """Heads of 128, as in 1.7b: per cell of a map the element-wise operations are then few beside the matmuls."""
+    sizes = {"hidden_size": 256, "num_heads": 2, "intermediate_size": 256, "num_layers": 2, "vocab_size": 256, **more}
     return tiny_config(sizes, variant=name, sequence_length=LENGTH).model
 
 
@@ -43,14 +44,19 @@ def test_flops_are_those_of_compiled_programs(name):
 def test_flops_of_one_more_token_are_those_of_the_compiled_program(name):
     """At the width of 500m: adding to a state is element-wise, and small beside the projections."""
     config = sized(name, hidden_size=896, num_heads=14)
-    formula = programs.abstract_block(config, name).mixer.decode_flops(BATCH, LENGTH)
+    formula = programs.abstract_block(config, name).mixer.decode_flops(BATCH, LENGTH).needed
     found = programs.compiled_flops(programs.mixer_decode_program(config, name, BATCH, LENGTH))
-    assert found == pytest.approx(formula.needed, rel=0.05)
+    form = find_variant(name).form
+    if form is not None and form.extend is Form.extend:
+        # It forms the map of the whole cache, where a cell has half the matmuls that it has in training.
+        assert formula < found < 1.5 * formula
+    else:
+        assert found == pytest.approx(formula, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["standard", "rnd_emb_qk", "mlp"])
 def test_totals_are_those_of_the_unrolled_model(name):
-    config = dataclasses.replace(sized(name, num_layers=4), impl="reference")
+    config = dataclasses.replace(sized(name, hidden_size=512, num_heads=4, num_layers=4), impl="reference")
     config = dataclasses.replace(config, layers=(name, "standard") * 2)
     prefill = programs.compiled_flops(programs.model_prefill_program(config, BATCH, LENGTH))
     assert prefill == pytest.approx(accounting.prefill_flops(config, BATCH, LENGTH).dense, rel=0.05)
@@ -82,7 +88,7 @@ def test_remat_keeps_the_streams_and_one_layer():
     plain = sized("standard", remat=False, num_layers=6)
     one = programs.kept_bytes(programs.block_program(plain, "standard", BATCH, LENGTH))
     assert accounting.activation_bytes(plain, BATCH, LENGTH) == 6 * one
-    stream = LENGTH * 128 * 4
+    stream = LENGTH * 256 * 4
     remat = dataclasses.replace(plain, remat=True)
     assert accounting.activation_bytes(remat, BATCH, LENGTH) == 6 * BATCH * stream + one
     fixed = dataclasses.replace(

@@ -108,8 +108,9 @@ class Form:
         return Flops(dense, dense)
 
     def decode_flops(self, shape: Shape) -> Flops:
-        """Of one more token after `shape.length` positions."""
-        return Flops.exactly(2.0 * shape.length * shape.heads * shape.head_dim * (shape.qk_batch + shape.batch))
+        """Of `extend` by one token, with `shape.length` positions in the cache."""
+        map_, rows = shape.length**2 * shape.qk_batch, shape.length * shape.batch
+        return Flops.exactly(2.0 * (map_ + rows) * shape.heads * shape.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,3 +28,6 @@ class Softmax(KernelForm):
     def flops(self, shape: Shape) -> Flops:
         dense = super().flops(shape).dense
         return Flops(dense, dense / 2)  # the causal half
+
+    def decode_flops(self, shape: Shape) -> Flops:
+        return Flops.exactly(2.0 * shape.length * shape.heads * shape.head_dim * (shape.qk_batch + shape.batch))
