@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -78,18 +79,58 @@ def forward_flops(config: ModelConfig, batch: int, length: int) -> Flops:
     In a model with a fixed stream, its own pass through the blocks (one sequence, whatever the batch) is included,
     up to the queries and keys of the last layer that reads it.
     """
-    total = Flops.exactly(2.0 * batch * length * config.hidden_size * config.padded_vocab)
-    readers = [i for i, name in enumerate(config.layers) if fixed_source((name,))]
-    for i, name in enumerate(config.layers):
-        sequences = batch + (1 if readers and i < readers[-1] else 0)
-        total += Flops.exactly(6.0 * sequences * length * config.hidden_size * config.intermediate_size)
+    return sum(layer_forward_flops(config, batch, length), _head_flops(config, batch * length))
+
+
+def prefill_flops(config: ModelConfig, batch: int, length: int) -> Flops:
+    """Of a prompt of `length` tokens in each of `batch` sequences: a forward pass with the logits of the last token."""
+    return sum(layer_forward_flops(config, batch, length), _head_flops(config, batch))
+
+
+def decode_flops(config: ModelConfig, batch: int, length: int) -> Flops:
+    """Of one more token of each sequence, the last that a cache for `length` positions has room for.
+
+    What decoding needs of a fixed stream is computed beforehand and not included.
+    """
+    return sum(layer_decode_flops(config, batch, length), _head_flops(config, batch))
+
+
+def train_flops(config: ModelConfig, batch: int, length: int) -> Flops:
+    """Of one update: the backward pass takes two matmuls for each of the forward's."""
+    forward = forward_flops(config, batch, length)
+    return Flops(3 * forward.dense, 3 * forward.needed)
+
+
+def cache_bytes(config: ModelConfig, batch: int, length: int) -> int:
+    """Bytes that decoding keeps for `length` positions of `batch` sequences."""
+    return sum(layer_cache_bytes(config, batch, length))
+
+
+def activation_bytes(config: ModelConfig, batch: int, length: int) -> int:
+    """Bytes that the layers keep between the forward and the backward pass of `batch` sequences, as `config.remat` has
+    it: with it the streams entering each layer, and one layer's own while it is run again; without it those of all.
+    """
+    own = layer_activation_bytes(config, batch, length)
+    if not config.remat:
+        return sum(own)
+    streams = batch * len(config.layers) + _last_reader(config) + 1
+    return streams * length * config.hidden_size * jnp.dtype(config.dtype).itemsize + max(own)
+
+
+def layer_forward_flops(config: ModelConfig, batch: int, length: int) -> list[Flops]:
+    """Of each layer, mixer and MLP, over `batch` sequences and the fixed stream as far as it is needed."""
+
+    def layer(name: str | None, x_passes: bool) -> Flops:
+        sequences = batch + x_passes
+        flops = Flops.exactly(6.0 * sequences * length * config.hidden_size * config.intermediate_size)
         mixer = abstract_block(config, name).mixer
-        if mixer is None:
-            continue
-        total += mixer.flops(batch, length)
-        if sequences > batch:
-            total += _fixed_stream_flops(mixer, length)
-    return total
+        if mixer is not None:
+            flops += mixer.flops(batch, length)
+            if x_passes:
+                flops += _fixed_stream_flops(mixer, length)
+        return flops
+
+    return _by_layer(config, layer)
 
 
 def _fixed_stream_flops(mixer: Any, length: int) -> Flops:
@@ -100,52 +141,49 @@ def _fixed_stream_flops(mixer: Any, length: int) -> Flops:
     return mixer.flops(1, length)
 
 
-def prefill_flops(config: ModelConfig, batch: int, length: int) -> Flops:
-    """Of a prompt of `length` tokens in each of `batch` sequences: a forward pass with the logits of the last token."""
-    forward = forward_flops(config, batch, length)
-    unread = 2.0 * batch * (length - 1) * config.hidden_size * config.padded_vocab
-    return Flops(forward.dense - unread, forward.needed - unread)
+def layer_decode_flops(config: ModelConfig, batch: int, length: int) -> list[Flops]:
+    """Of each layer, for one more token of each sequence."""
 
-
-def decode_flops(config: ModelConfig, batch: int, length: int) -> Flops:
-    """Of one more token of each sequence, the last that a cache for `length` positions has room for.
-
-    What decoding needs of a fixed stream is computed beforehand and not included.
-    """
-    size, hidden = config.hidden_size, config.intermediate_size
-    total = Flops.exactly(2.0 * batch * size * config.padded_vocab)
-    for name in config.layers:
+    def layer(name: str | None, _: bool) -> Flops:
         mixer = abstract_block(config, name).mixer
-        total += Flops.exactly(6.0 * batch * size * hidden)
-        total += Flops.exactly(0) if mixer is None else mixer.decode_flops(batch, length)
-    return total
+        flops = Flops.exactly(6.0 * batch * config.hidden_size * config.intermediate_size)
+        return flops if mixer is None else flops + mixer.decode_flops(batch, length)
+
+    return _by_layer(config, layer)
 
 
-def train_flops(config: ModelConfig, batch: int, length: int) -> Flops:
-    """Of one update: the backward pass takes two matmuls for each of the forward's."""
-    forward = forward_flops(config, batch, length)
-    return Flops(3 * forward.dense, 3 * forward.needed)
+def layer_cache_bytes(config: ModelConfig, batch: int, length: int) -> list[int]:
+    """Of each layer, from the shapes of its mixer's own cache."""
 
-
-def cache_bytes(config: ModelConfig, batch: int, length: int) -> int:
-    """Bytes that decoding keeps for `length` positions, from the shapes of each mixer's own cache."""
-    total = 0
-    for name in config.layers:
+    def layer(name: str | None, _: bool) -> int:
         mixer = abstract_block(config, name).mixer
-        if mixer is not None:
-            init = functools.partial(mixer.init_cache, batch, length, config.hidden_size, jnp.dtype(config.dtype))
-            total += decode.cache_bytes(jax.eval_shape(init))
-    return total
+        if mixer is None:
+            return 0
+        init = functools.partial(mixer.init_cache, batch, length, config.hidden_size, jnp.dtype(config.dtype))
+        return decode.cache_bytes(jax.eval_shape(init))
+
+    return _by_layer(config, layer)
 
 
-def activation_bytes(config: ModelConfig, batch: int, length: int) -> int:
-    """Bytes that the layers keep between the forward and the backward pass of `batch` sequences, as `config.remat` has
-    it: with it the streams entering each layer, and one layer's own activations while it is run again; without it
-    the activations of all. From what JAX keeps when each layer is differentiated.
-    """
-    own = {name: kept_bytes(block_program(config, name, batch, length)) for name in set(config.layers)}
-    if not config.remat:
-        return sum(own[name] for name in config.layers)
-    readers = [i for i, name in enumerate(config.layers) if fixed_source((name,))]
-    streams = batch * len(config.layers) + (readers[-1] + 1 if readers else 0)
-    return streams * length * config.hidden_size * jnp.dtype(config.dtype).itemsize + max(own.values())
+def layer_activation_bytes(config: ModelConfig, batch: int, length: int) -> list[int]:
+    """Of each layer, if nothing of it is recomputed: what JAX keeps when it is differentiated."""
+    return _by_layer(config, lambda name, x_passes: kept_bytes(block_program(config, name, batch, length, x_passes)))
+
+
+T = TypeVar("T")
+
+
+def _by_layer(config: ModelConfig, of: Callable[[str | None, bool], T]) -> list[T]:
+    """`of` (variant, whether the fixed stream passes through the whole layer), asked once for like layers."""
+    last = _last_reader(config)
+    like = functools.cache(of)
+    return [like(name, i < last) for i, name in enumerate(config.layers)]
+
+
+def _last_reader(config: ModelConfig) -> int:
+    """The last layer that reads the fixed stream, counted from 0; -1 where none does."""
+    return max((i for i, name in enumerate(config.layers) if fixed_source((name,))), default=-1)
+
+
+def _head_flops(config: ModelConfig, tokens: int) -> Flops:
+    return Flops.exactly(2.0 * tokens * config.hidden_size * config.padded_vocab)

@@ -50,6 +50,12 @@ def describe(config: Config, batch: int = 1) -> dict[str, Any]:
         "plan": [{"unit": list(segment.unit), "repeats": segment.repeats} for segment in model.plan],
         "parameters": parameters,
         "difference_from_standard": difference,
+        "per_layer": {
+            "forward_flops": [flops.needed for flops in accounting.layer_forward_flops(model, batch, length)],
+            "decode_flops": [flops.needed for flops in accounting.layer_decode_flops(model, batch, length)],
+            "cache_bytes": accounting.layer_cache_bytes(model, batch, length),
+            "activation_bytes": accounting.layer_activation_bytes(model, batch, length),
+        },
         "mixer_difference_per_layer": [
             count - standard for count, standard in zip(parameters["mixer_per_layer"], _standard(config), strict=True)
         ],
@@ -89,12 +95,22 @@ def as_text(description: dict[str, Any]) -> str:
         f"activations {description['activation_bytes']:,} bytes kept for the backward pass",
         f"a step      {description['tokens_per_step']:,} tokens",
         "",
-        "layer  variant              mixer parameters  against standard",
+        f"{'layer  variant':<28}{'mixer parameters':>17}{'to standard':>12}"
+        f"{'forward FLOPs':>14}{'one token':>11}{'cache bytes':>13}{'kept bytes':>13}",
     ]
+    layer = description["per_layer"]
     rows = zip(
-        description["layers"], parameters["mixer_per_layer"], description["mixer_difference_per_layer"], strict=True
+        description["layers"],
+        parameters["mixer_per_layer"],
+        description["mixer_difference_per_layer"],
+        layer["forward_flops"],
+        layer["decode_flops"],
+        layer["cache_bytes"],
+        layer["activation_bytes"],
+        strict=True,
     )
     lines += [
-        f"{i:>5}  {name:<20} {count:>16,}  {difference:>+16,}" for i, (name, count, difference) in enumerate(rows, 1)
+        f"{i:>5}  {name:<21}{count:>17,}{difference:>+12,}{forward:>14.4g}{token:>11.4g}{cache:>13,}{kept:>13,}"
+        for i, (name, count, difference, forward, token, cache, kept) in enumerate(rows, 1)
     ]
     return "\n".join(lines)

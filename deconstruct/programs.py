@@ -118,11 +118,12 @@ def _constants(config: ModelConfig, name: str, batch: int, length: int) -> Any:
     return jax.eval_shape(constants, parameters, streams, context)
 
 
-def block_program(config: ModelConfig, name: str | None, batch: int, length: int) -> Program:
-    """A whole layer as it is trained, residual streams in and out."""
+def block_program(config: ModelConfig, name: str | None, batch: int, length: int, with_x: bool = False) -> Program:
+    """A whole layer as it is trained, residual streams in and out: with the fixed stream where it reads that, or
+    `with_x` where it only passes through."""
     block = abstract_block(config, name)
     graphdef, parameters = _split(block)
-    streams, static, context = _mixer_inputs(config, name, batch, length)
+    streams, static, context = _mixer_inputs(config, name, batch, length, with_x)
 
     def run(parameters: Any, streams: Streams, context: Context) -> Streams:
         return nnx.merge(graphdef, parameters)(streams, context)
@@ -193,12 +194,14 @@ def _tokens(batch: int, length: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
 
-def _mixer_inputs(config: ModelConfig, name: str | None, batch: int, length: int) -> tuple[Streams, Streams, Context]:
+def _mixer_inputs(
+    config: ModelConfig, name: str | None, batch: int, length: int, with_x: bool = False
+) -> tuple[Streams, Streams, Context]:
     def stream(rows: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, length, config.hidden_size), config.dtype)
 
-    reads_fixed = fixed_source((name,)) is not None
-    streams = Streams(stream(batch), stream(1) if reads_fixed else None)
+    with_x = with_x or fixed_source((name,)) is not None
+    streams = Streams(stream(batch), stream(1) if with_x else None)
     static = Streams(stream(batch)) if reads_static((name,)) else Streams(None)
     angles: Any = jax.ShapeDtypeStruct((length, config.head_dim // 2), jnp.float32)
     return streams, static, Context(angles, angles, Streams(None))

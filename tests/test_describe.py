@@ -26,6 +26,11 @@ def test_the_numbers_are_those_of_the_model_that_is_built(name):
     assert found["difference_from_standard"] == sum(found["mixer_difference_per_layer"])
     assert found["mixer_difference_per_layer"][1::2] == [0, 0]
     assert found["vocabulary"] == {"size": 40, "padded": 128} and found["tokens_per_step"] == 8 * 12
+    layer = found["per_layer"]
+    assert sum(layer["cache_bytes"]) == found["cache_bytes"] and len(layer["activation_bytes"]) == 4
+    head = 2 * 12 * 16 * 128
+    assert sum(layer["forward_flops"]) + head == found["flops"]["forward"] == found["flops"]["prefill"] + head * 11 / 12
+    assert sum(layer["decode_flops"]) + head / 12 == found["flops"]["decode"]
     assert as_text(found).count("\n") == 10 + 3
 
 
