@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also every variant's costs: formulas beside compiled programs",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="B", help="sequences that FLOPs and cache are for (default 1)"
+        "--batch", type=int, default=1, metavar="B", help="sequences that FLOPs and bytes are for (default 1)"
     )
 
 

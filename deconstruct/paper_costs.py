@@ -1,6 +1,7 @@
 """What a layer costs by the paper's own formulas (arXiv:2510.11602, tables 5 to 8), and where ours differ.
 
-B sequences of L positions, width d, h heads, on one device; FLOPs count a multiply-add as two, bytes are of bfloat16.
+B sequences of L positions, width d, h heads with keys and values of their own (no grouped queries), on one device.
+FLOPs count a multiply-add as two, bytes are of half precision.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _FIXED = PaperCosts(
     cache=lambda B, L, d, h: 2 * (B + 1) * L * d,
     activations=lambda B, L, d, h: 4 * B * L * d + 8 * L * d + 2 * L**2 * h,
     differs=f"{_PROJECTIONS}, and Q and K are projected for every sequence: here once for all (4 L d^2), "
-    "and not at all in decoding, where they are constants",
+    "and not at all in decoding, where they are constants (with maps computed beforehand the paper "
+    "has 2 L^2 d + 2 B L d^2, and 2 B L d + 2 d^2 in decoding)",
 )
 
 PAPER_COSTS: dict[str, PaperCosts] = {
@@ -49,7 +51,7 @@ PAPER_COSTS: dict[str, PaperCosts] = {
         decode=lambda B, L, d, h: 6 * B * d**2,
         cache=lambda B, L, d, h: 0,
         activations=lambda B, L, d, h: 8 * B * L * d,
-        differs="three matmuls between widths d and 4 d / 3 are 6 B L d^2; they are 8",
+        differs="three matmuls between widths d and 4 d / 3 are counted as 6 B L d^2; they take 8",
     ),
     "non_approximate": PaperCosts(
         prefill=lambda B, L, d, h: 6 * B * L * d**2,
@@ -65,8 +67,11 @@ PAPER_COSTS: dict[str, PaperCosts] = {
         cache=lambda B, L, d, h: 6 * B * d + 4 * B * d**2 / h,
         activations=lambda B, L, d, h: 11 * B * L * d + 3 * B * d**2 / h,
         differs=f"{_PROJECTIONS}; the recurrence is counted as 8 B L d^2 (4 B d^2 in decoding), as if there were one "
-        "head: h heads take 8 B L d^2 / h (8 B d^2 / h); our state is float32, twice the bytes",
+        "head: h heads take 8 B L d^2 / h (8 B d^2 / h); our state is float32, twice the bytes; the formula of "
+        "activations is hard to read, and given as we read it",
     ),
 }
 
-WITHOUT_ROW = {"approximate": "the row of this name is that of a recurrence with less state: see taylor_diagonal"}
+WITHOUT_ROW = {
+    "approximate": "the row of this name is that of equations 14 to 17, which keep squares only: see taylor_diagonal"
+}

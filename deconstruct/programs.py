@@ -1,6 +1,7 @@
 """What programs really do: FLOPs as XLA counts them, and the bytes that the backward pass keeps. Nothing is computed.
 
-Programs are those of one layer, or of a whole model with its layers unrolled: XLA counts the body of a loop once.
+Programs are those of one layer, or of a whole model with its layers unrolled, because XLA counts the body of a loop
+once. Where a kernel loops over chunks (taylor over long sequences) its count is short by the other chunks.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from deconstruct.types import Streams
 
 
 class Program(NamedTuple):
-    """A function of parameters and other inputs, and their shapes."""
+    """A function of parameters, inputs and constants, and their shapes. Constants are not differentiated."""
 
     function: Callable[..., Any]
     parameters: Any
     inputs: tuple[Any, ...]
+    constants: tuple[Any, ...] = ()
 
 
 def compiled_flops(program: Program) -> float:
     """XLA's analysis of the optimised program, for the default device. Element-wise operations count one each."""
-    compiled = jax.jit(program.function).lower(program.parameters, *program.inputs).compile()
+    compiled = jax.jit(program.function).lower(*_arguments(program)).compile()
     analysis = compiled.cost_analysis()
     assert analysis is not None
     return float(analysis["flops"])
@@ -46,16 +48,20 @@ def kept_bytes(program: Program) -> int:
     them alone) left out."""
     leaves = len(jax.tree.leaves(program.parameters))
 
-    def residuals(*arguments: Any) -> list[Any]:
-        return jax.tree.leaves(jax.vjp(program.function, *arguments)[1])
+    def residuals(parameters: Any, inputs: Any, constants: Any) -> list[Any]:
+        return jax.tree.leaves(jax.vjp(lambda p, *x: program.function(p, *x, *constants), parameters, *inputs)[1])
 
-    jaxpr = jax.make_jaxpr(residuals)(program.parameters, *program.inputs).jaxpr
+    jaxpr = jax.make_jaxpr(residuals)(program.parameters, program.inputs, program.constants).jaxpr
     depends = set(jaxpr.invars[leaves:])
     for equation in jaxpr.eqns:
         if any(not isinstance(x, Literal) and x in depends for x in equation.invars):
             depends.update(equation.outvars)
     kept = {x for x in jaxpr.outvars if not isinstance(x, Literal) and x in depends}
     return sum(_bytes(x.aval) for x in kept)
+
+
+def _arguments(program: Program) -> tuple[Any, ...]:
+    return program.parameters, *program.inputs, *program.constants
 
 
 def _bytes(x: Any) -> int:
@@ -65,16 +71,17 @@ def _bytes(x: Any) -> int:
 def with_gradients(program: Program) -> Program:
     """Forward and backward pass: the result of a program, and its gradients for a cotangent of every output."""
 
-    def both(parameters: Any, inputs: tuple[Any, ...], cotangents: Any) -> Any:
-        out, pull = jax.vjp(program.function, parameters, *inputs)
+    def both(parameters: Any, inputs: tuple[Any, ...], constants: tuple[Any, ...], cotangents: Any) -> Any:
+        out, pull = jax.vjp(lambda p, *x: program.function(p, *x, *constants), parameters, *inputs)
         return out, pull(cotangents)
 
-    out = jax.eval_shape(program.function, program.parameters, *program.inputs)
-    return Program(both, program.parameters, (program.inputs, out))
+    out = jax.eval_shape(program.function, *_arguments(program))
+    return Program(both, program.parameters, (program.inputs, program.constants, out))
 
 
 def mixer_program(config: ModelConfig, name: str, batch: int, length: int) -> Program:
-    """One layer's mixer over normed streams, what it adds to h out. Of the fixed stream: only what h reads of it."""
+    """One layer's mixer over normed streams: what it adds to h. Of the fixed stream only what h reads of it is computed
+    (its queries and keys), not what the layer adds to that stream itself."""
     mixer = abstract_block(config, name).mixer
     assert mixer is not None
     graphdef, parameters = _split(mixer)
@@ -83,7 +90,7 @@ def mixer_program(config: ModelConfig, name: str, batch: int, length: int) -> Pr
     def run(parameters: Any, streams: Streams, static: Streams, context: Context) -> jax.Array:
         return nnx.merge(graphdef, parameters)(streams, static, context).h
 
-    return Program(run, parameters, (streams, static, context))
+    return Program(run, parameters, (streams, static), (context,))
 
 
 def mixer_decode_program(config: ModelConfig, name: str, batch: int, length: int) -> Program:
@@ -119,16 +126,17 @@ def _constants(config: ModelConfig, name: str, batch: int, length: int) -> Any:
 
 
 def block_program(config: ModelConfig, name: str | None, batch: int, length: int, with_x: bool = False) -> Program:
-    """A whole layer as it is trained, residual streams in and out: with the fixed stream where it reads that, or
-    `with_x` where it only passes through."""
+    """A whole layer as it is trained, residual streams in and out. `with_x`: the fixed stream passes through it, too;
+    otherwise it comes in only where it is read, and does not go on."""
     block = abstract_block(config, name)
     graphdef, parameters = _split(block)
     streams, static, context = _mixer_inputs(config, name, batch, length, with_x)
 
-    def run(parameters: Any, streams: Streams, context: Context) -> Streams:
-        return nnx.merge(graphdef, parameters)(streams, context)
+    def run(parameters: Any, streams: Streams, static: Streams, context: Context) -> Any:
+        out = nnx.merge(graphdef, parameters)(streams, context._replace(static=static))
+        return out if with_x else out.h
 
-    return Program(run, parameters, (streams, context._replace(static=static)))
+    return Program(run, parameters, (streams, static), (context,))
 
 
 def model_prefill_program(config: ModelConfig, batch: int, length: int) -> Program:
@@ -202,6 +210,6 @@ def _mixer_inputs(
 
     with_x = with_x or fixed_source((name,)) is not None
     streams = Streams(stream(batch), stream(1) if with_x else None)
-    static = Streams(stream(batch)) if reads_static((name,)) else Streams(None)
+    static = streams if reads_static((name,)) else Streams(None)
     angles: Any = jax.ShapeDtypeStruct((length, config.head_dim // 2), jnp.float32)
     return streams, static, Context(angles, angles, Streams(None))

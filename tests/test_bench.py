@@ -45,7 +45,9 @@ def test_a_ratio_is_taken_round_by_round():
     ("words", "message"),
     [
         (["--peers", "--variant=mlp"], "--variant=mlp: only standard has a peer"),
-        (["contexts", "--peers"], "--peers: contexts compares variants"),
+        (["contexts", "--peers"], "--peers: contexts compares all variants"),
+        (["contexts", "--variant=mlp"], "--variant: contexts compares all variants"),
+        (["generate", "--steps=2"], "--steps=2: only train has steps"),
         (["--rounds=0"], "--rounds=0: must be at least 1"),
         (["generate", "--variant=nonsense"], "variant 'nonsense' is unknown"),
     ],

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from deconstruct import accounting, cli, costs, programs
-from deconstruct.attention.base import Form
+from deconstruct.attention.base import FORMS, Form
 from deconstruct.attention.variants import find_variant
+from deconstruct.kernels import grouped, reference
 from deconstruct.model.decode import Decoder, cache_bytes
 from deconstruct.model.language_model import build_model
 from deconstruct.paper_costs import PAPER_COSTS
-from tests.tiny import MIXER_NAMES, tiny_config
+from tests.tiny import MIXER_NAMES, PAPER_NAMES, tiny_config
 
 BATCH, LENGTH = 2, 512
 
@@ -24,20 +25,26 @@ def sized(name, **more):
     return tiny_config(sizes, variant=name, sequence_length=LENGTH).model
 
 
+def check_dense(config, name):
+    dense = programs.abstract_block(config, name).mixer.flops(BATCH, LENGTH).dense
+    program = programs.mixer_program(dataclasses.replace(config, impl="reference"), name, BATCH, LENGTH)
+    assert programs.compiled_flops(program) == pytest.approx(dense, rel=0.05)
+    assert programs.compiled_flops(programs.with_gradients(program)) / 3 == pytest.approx(dense, rel=0.05)
+
+
 @pytest.mark.parametrize("name", MIXER_NAMES)
-def test_flops_are_those_of_compiled_programs(name):
-    """The definition within 5 %; the fast path between what is needed and what the definition takes."""
-    config = sized(name)
-    mixer = programs.abstract_block(config, name).mixer
-    formula = mixer.flops(BATCH, LENGTH)
-    for impl in ("reference", "auto"):
-        program = programs.mixer_program(dataclasses.replace(config, impl=impl), name, BATCH, LENGTH)
-        for factor, each in ((1, program), (3, programs.with_gradients(program))):
-            found = programs.compiled_flops(each) / factor
-            if impl == "reference":
-                assert found == pytest.approx(formula.dense, rel=0.05)
-            else:
-                assert 0.99 * formula.needed < found < 1.05 * formula.dense
+def test_dense_flops_are_those_of_the_definition(name):
+    check_dense(sized(name), name)
+
+
+@pytest.mark.parametrize("name", MIXER_NAMES)
+def test_the_fast_path_does_hardly_more_than_is_needed(name):
+    """Chunks on the diagonal are computed whole: at this length an eighth of the causal half, or the like. A form
+    without a fast path needs what its definition takes."""
+    config, length = sized(name), 2048
+    needed = programs.abstract_block(config, name).mixer.flops(1, length).needed
+    found = programs.compiled_flops(programs.mixer_program(config, name, 1, length))
+    assert 0.99 * needed < found < 1.2 * needed
 
 
 @pytest.mark.parametrize("name", MIXER_NAMES)
@@ -47,11 +54,24 @@ def test_flops_of_one_more_token_are_those_of_the_compiled_program(name):
     formula = programs.abstract_block(config, name).mixer.decode_flops(BATCH, LENGTH).needed
     found = programs.compiled_flops(programs.mixer_decode_program(config, name, BATCH, LENGTH))
     form = find_variant(name).form
-    if form is not None and form.extend is Form.extend:
-        # It forms the map of the whole cache, where a cell has half the matmuls that it has in training.
-        assert formula < found < 1.5 * formula
-    else:
-        assert found == pytest.approx(formula, rel=0.05)
+    # The default forms the map of the whole cache, where a cell has half the matmuls that it has in training.
+    tolerance = 0.25 if form is not None and form.extend is Form.extend else 0.05
+    assert found == pytest.approx(formula, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["hidden/cubic", "fixed_random/cubic"])
+def test_a_form_that_only_has_weights_is_counted(name, monkeypatch):
+    class Cubic(Form):
+        name = "cubic"
+
+        def weights(self, q, k):
+            x = reference.logits(q, k)
+            series = jnp.where(grouped.causal_mask(*x.shape[-2:]), 1 + x + x * x / 2 + x * x * x / 6, 0)
+            return series / series.sum(-1, keepdims=True)
+
+    monkeypatch.setitem(FORMS, "cubic", Cubic)
+    check_dense(sized(name), name)
+    test_flops_of_one_more_token_are_those_of_the_compiled_program(name)
 
 
 @pytest.mark.parametrize("name", ["standard", "rnd_emb_qk", "mlp"])
@@ -84,6 +104,20 @@ def test_bytes_kept_for_the_backward_pass():
     assert programs.kept_bytes(programs.Program(program, weights, (x,))) == 2 * 3 * 5 * 4
 
 
+def test_rope_tables_are_not_differentiated():
+    """Their gradients would need q and k before rotation, in float32."""
+    program = programs.mixer_program(sized("standard"), "standard", 1, 64)
+    differentiated = program._replace(inputs=program.inputs + program.constants, constants=())
+    queries_and_keys = 2 * 64 * 2 * 128 * 4
+    assert programs.kept_bytes(differentiated) == programs.kept_bytes(program) + queries_and_keys
+
+
+def test_a_static_layer_below_a_fixed_one():
+    config = dataclasses.replace(sized("standard", num_layers=3), layers=("static_emb_qk", "standard", "rnd_emb_qk"))
+    assert min(accounting.layer_activation_bytes(config, BATCH, LENGTH)) > 0
+    assert accounting.forward_flops(config, BATCH, LENGTH).needed > 0
+
+
 def test_remat_keeps_the_streams_and_one_layer():
     plain = sized("standard", remat=False, num_layers=6)
     one = programs.kept_bytes(programs.block_program(plain, "standard", BATCH, LENGTH))
@@ -108,6 +142,10 @@ DIFFERENCES = {
     "fixed_seq_qk": (4 * L * D**2 - 2 * B * L * D**2, -2 * B * D**2),
     "mlp": (2 * B * L * D**2 + 6 * B * L * D, 2 * B * D**2 + 6 * B * D),  # one unit of width for the three biases
     "non_approximate": (2 * B * L * D**2 + 5 * B * L * D, 2 * B * D**2 + 5 * B * D),
+    "taylor_diagonal": (
+        L * (2 * B * D**2 + 8 * B * D**2 // H + 8 * B * D - 8 * B * D**2),
+        2 * B * D**2 + 8 * B * D**2 // H + 8 * B * D - 4 * B * D**2,
+    ),
 }
 
 
@@ -116,8 +154,8 @@ def test_the_papers_tables_but_for_the_differences_that_are_told(name):
     config = tiny_config({"hidden_size": D, "num_heads": H, "num_layers": 1}, variant=name, sequence_length=L).model
     mixer, paper, (prefill, decode) = programs.abstract_block(config, name).mixer, PAPER_COSTS[name], DIFFERENCES[name]
     forward = mixer.flops(B, L)
-    # The paper counts the running mean of self_gate as a recurrence, and every other map whole.
-    ours = forward.needed if name == "non_approximate" else forward.dense
+    # The paper counts recurrences as such, and every other map whole.
+    ours = forward.needed if name in ("non_approximate", "taylor_diagonal") else forward.dense
     assert ours - paper.prefill(B, L, D, H) == prefill
     assert mixer.decode_flops(B, L).needed - paper.decode(B, L, D, H) == decode
     assert paper.differs
@@ -142,7 +180,7 @@ def test_describe_prints_them_side_by_side(tmp_path, capsys):
     arguments = ["--config=configs/quickstart.py", "--config.sequence_length=8", "--config.model.num_layers=2"]
     assert cli.main(["describe", "--costs", "--json", "--batch=2", *arguments]) == 0
     found = json.loads(capsys.readouterr().out)["costs"]
-    assert [row["variant"] for row in found["layer"]][:7] == list(costs.one_of_each())[:7]
+    assert [row["variant"] for row in found["layer"]] == [*PAPER_NAMES, "taylor_diagonal"]
     text = costs.as_text(found)
     for row in found["layer"]:
         assert row["cache"]["formula"] == row["cache"]["measured"]

@@ -178,7 +178,8 @@ class Mixer(nnx.Module):
         return jax.lax.dynamic_slice_in_dim(out.h, start, h.shape[1], axis=1), cache
 
     def flops(self, batch: int, length: int) -> Flops:
-        """Of the whole mixer, projections included, over `batch` sequences (and the fixed stream, if it reads one)."""
+        """Of the whole mixer, projections included, for what it adds to `batch` sequences: of the fixed stream, if it
+        reads one, only the queries and keys."""
         raise NotImplementedError
 
     def decode_flops(self, batch: int, length: int) -> Flops:

@@ -1,6 +1,6 @@
 """Milliseconds of one decoded token at growing contexts, for every variant, and the bytes of its cache.
 
-Caches and constants hold zeros, and positions stand at the end of the cache: what a step costs does not depend on
+Caches and constants start as zeros, and positions stand at the end of the cache: what a step costs does not depend on
 what it reads.
 """
 
@@ -86,7 +86,7 @@ def _cache_bytes(config: ModelConfig, context: int) -> int:
 
 
 def _paper_cache_bytes(name: str, config: ModelConfig, context: int) -> float | None:
-    if name not in PAPER_COSTS:
+    if name not in PAPER_COSTS:  # the shapes measured have no grouped queries, as the paper's formulas
         return None
     return config.num_layers * PAPER_COSTS[name].cache(1, context, config.hidden_size, config.num_heads)
 

@@ -7,7 +7,7 @@ Bq is Bv or 1. Inside, heads stand before positions, so that a matmul's batch ax
 
 with b = Bq and n = Bv / Bq: the n rows of the batch that share one map. A map therefore never gets an axis it does not
 depend on, and one einsum serves both cases. Only axes of size one are made by the reshapes over the batch, which leaves
-a sharded batch as it is.
+a sharded batch as it is. (Caches and states of decoding, which is not sharded, do merge the batch with the heads.)
 """
 
 from __future__ import annotations

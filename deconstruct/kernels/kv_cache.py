@@ -15,7 +15,10 @@ from deconstruct.kernels import grouped
 
 
 class KVCache(NamedTuple):
-    """Room for S positions, of which the first `length` are filled: a Python 0 in a new cache, then int32 []."""
+    """Room for S positions, of which the first `length` are filled: a Python 0 in a new cache, then int32 [].
+
+    A new cache that enters a compiled program as an argument is not known to be new there; make it inside.
+    """
 
     k: jax.Array  # [Bq K, S, dh]
     v: jax.Array  # [Bq K, S, (Bv / Bq) dv]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from deconstruct.kernels import kv_cache, query_chunks
+from deconstruct.kernels import query_chunks
 from deconstruct.kernels.kv_cache import KVCache
 
 
@@ -33,14 +33,9 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int | Non
     return query_chunks.mix(q, k, v, _SOFTMAX, chunk)
 
 
-def softmax_extend(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, chunk: int | None = None
-) -> tuple[jax.Array, KVCache]:
-    """Softmax attention of C more positions, q [Bq, C, H, dh], k [Bq, C, K, dh], v [Bv, C, K, dv]: [Bv, C, H, dv].
+def softmax_last(q: jax.Array, cache: KVCache, batch: int, chunk: int | None = None) -> jax.Array:
+    """Softmax attention of the last C positions in a cache over all of them, q [Bq, C, H, dh]: [Bv, C, H, dv].
 
-    Returns the cache with them in it. What it has beyond its length is not read, but must be finite.
+    `batch` is Bv. What the cache has beyond its length is not read, but must be finite.
     """
-    new, cache = cache.is_new, kv_cache.append(cache, k, v)
-    if new:
-        return query_chunks.mix(q, k, v, _SOFTMAX, chunk), cache
-    return query_chunks.mix_last(q, cache, v.shape[0], _SOFTMAX, chunk), cache
+    return query_chunks.mix_last(q, cache, batch, _SOFTMAX, chunk)

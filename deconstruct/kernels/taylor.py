@@ -25,7 +25,8 @@ CHUNK = 128
 class TaylorState(NamedTuple):
     """The sums over all positions so far, float32 (float64 for float64 inputs).
 
-    Laid out like a `KVCache`, and for the same reason: Z = Bq K counts sequences and kv heads, w = (Bv / Bq) dv.
+    Laid out like a `KVCache`, so that a decoded token updates it in place: Z = Bq K counts sequences and kv heads,
+    w = (Bv / Bq) dv.
     """
 
     n0: jax.Array  # []
@@ -112,9 +113,13 @@ def _step(state: TaylorState, chunk: tuple[jax.Array, ...]) -> tuple[TaylorState
 
 
 def _single(state: TaylorState, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[TaylorState, jax.Array]:
-    """A chunk of one position. It reads itself out of the state after it, so that the state is updated in place."""
-    state = _add(state, k, v)
-    numerator, sums = _read(state, q)
+    """A chunk of one position. It reads itself out of the state after it, so that the state is updated in place.
+
+    All in the dtype of the state: rounded features would not give a position's own value back.
+    """
+    exact = state.n1.dtype
+    state = _add(state, k.astype(exact), v.astype(exact))
+    numerator, sums = _read(state, q.astype(exact))
     return state, (numerator / sums[..., None]).astype(v.dtype)
 
 

@@ -26,7 +26,8 @@ from deconstruct.types import Streams
 class Cache(NamedTuple):
     """What a batch of sequences has left behind: one entry per layer, and the position that comes next.
 
-    Empty, its position is a Python 0, so that what starts a sequence is compiled without a past.
+    Empty, its position is a Python 0: a sequence that is started in the program that made the cache (`prefill`) is
+    compiled without a past.
     """
 
     layers: tuple[Any, ...]

@@ -60,10 +60,13 @@ def test_mix_is_weights_times_values_in_values_and_gradients(form, qk_batch, kv_
 def test_extending_in_chunks_is_one_pass(form, chunk, qk_batch):
     q, k, v, _ = draw(2, qk_batch, 2, 2)
     whole = form.mix(q, k, v)
-    cache = form.init_cache(Shape(2, qk_batch, LENGTH, HEADS, 2, HEAD_DIM), jnp.float32)
-    extend = jax.jit(form.extend)
-    parts = []
-    for start in range(0, LENGTH, chunk):
+    empty = form.init_cache(Shape(2, qk_batch, LENGTH, HEADS, 2, HEAD_DIM), jnp.float32)
+    # As decoding does it: the first positions in a program that holds the new cache, the rest in one that is given it.
+    first, extend = jax.jit(lambda q, k, v: form.extend(q, k, v, empty)), jax.jit(form.extend)
+    head = slice(0, chunk)
+    out, cache = first(q[:, head], k[:, head], v[:, head])
+    parts = [out]
+    for start in range(chunk, LENGTH, chunk):
         part = slice(start, min(start + chunk, LENGTH))
         out, cache = extend(q[:, part], k[:, part], v[:, part], cache)
         parts.append(out)

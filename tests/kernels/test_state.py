@@ -1,5 +1,7 @@
 """Sequences taken in pieces: split, resume, and the cache, equal to one pass."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,21 +61,34 @@ def test_softmax_cache_equals_one_pass(shape):
     arrays = oracle.inputs(shape, seed=13)
     want = oracle.value_and_gradients(oracle.definition(oracle.WEIGHTS["softmax"]), arrays, "float64")[0]
     q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in arrays)
-    # A new cache says so in Python, and is not read at all; one that comes out of a program is.
-    start, extend = jax.jit(softmax.softmax_extend, static_argnames="chunk"), jax.jit(softmax.softmax_extend)
+
+    @functools.partial(jax.jit, static_argnames="chunk")
+    def extend(q, k, v, cache, chunk=None):
+        cache = kv_cache.append(cache, k, v)
+        return softmax.softmax_last(q, cache, v.shape[0], chunk), cache
+
     empty = kv_cache.init_kv_cache(shape[0], shape[1], 2 * LENGTH, *k.shape[2:], v.shape[-1], jnp.float32)
     # What is not yet written is large, so that reading it would be seen.
     empty = empty._replace(k=jnp.full_like(empty.k, 1e4), v=jnp.full_like(empty.v, 1e4))
     for first, piece in ((LENGTH, LENGTH), (8, 7), (0, 7), (0, 1)):
         outs, cache = [], empty
         if first:
-            out, cache = start(q[:, :first], k[:, :first], v[:, :first], cache, chunk=5)
+            out, cache = extend(q[:, :first], k[:, :first], v[:, :first], cache, chunk=5)
             outs.append(np.asarray(out))
         for begin in range(first, LENGTH, piece):
             part = (x[:, begin : min(begin + piece, LENGTH)] for x in (q, k, v))
             out, cache = extend(*part, cache)
             outs.append(np.asarray(out))
         oracle.assert_near(np.concatenate(outs, axis=1), want, oracle.FLOAT32)
-        assert int(cache.length) == LENGTH
+        assert empty.is_new and not cache.is_new and int(cache.length) == LENGTH
         for kept, given in zip(kv_cache.contents(cache, *shape[:2]), (k, v), strict=True):
             np.testing.assert_array_equal(kept[:, :LENGTH], given)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_one_position_of_bfloat16_gives_its_value_back(scale):
+    """Nothing else is there to mix with, however large the logit; 2^-9 is a rounding of the result."""
+    q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in oracle.inputs((64, 64, 1, 2, 2, 16, 16), seed=14))
+    state = taylor.init_taylor_state(64, 64, 2, 16, 16)
+    out, _ = jax.jit(taylor.taylor_chunked)(scale * q, scale * k, v, state)
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(v, np.float32), rtol=2**-8)
