@@ -43,7 +43,7 @@ def taylor_diagonal_weights(q: jax.Array, k: jax.Array) -> jax.Array:
         order 1:  x_ij / sum_m x_im
         order 2:  y_ij / sum_m y_im,    y_ij = sum_c q_ic^2 k_jc^2 / dh     (only the element-wise squares are kept)
 
-    Equations 14-17 of arXiv:2510.11602, but for a third: the paper adds the orders, so that its rows sum to three.
+    Equations 14-17 of arXiv:2510.11602, divided by three: the paper adds the orders, and its rows sum to three.
     It does not say what becomes of a sum that vanishes; the guard is our decision. A total too near zero is moved away
     from it by `guard`, and what is added to it is given to the i entries in equal parts, so that the row still sums
     to one.

@@ -3,9 +3,10 @@
     out_i = ( mean_{j<=i} v_j  +  sum_j x_ij v_j / sum_j x_ij  +  sum_j y_ij v_j / sum_j y_ij ) / 3
     x_ij = q_i . k_j / sqrt(dh),    y_ij = sum_c q_ic^2 k_jc^2 / dh
 
-(equations 14-17 of arXiv:2510.11602; the third and the guard are ours, see `reference.taylor_diagonal_weights`.) Linear
-in L, with 2 dh dv numbers of state a head. The first-order sum can come near zero and change sign: there the guard
-bounds a weight at about |x| / (1e-2 i), and the output jumps where the sum passes through zero. `taylor` does not.
+(equations 14-17 of arXiv:2510.11602; the division by three and the guard are ours, see
+`reference.taylor_diagonal_weights`.) Linear in L, with 2 dh dv numbers of state a head. The first-order sum can come
+near zero and change sign: there the guard bounds a weight at about |x| / (1e-2 i), and the output jumps where the sum
+passes through zero. `taylor` does not.
 """
 
 from __future__ import annotations
