@@ -216,10 +216,10 @@ def test_the_config_is_what_transformers_writes(standard):
 )
 def test_what_the_config_asks_for_and_we_cannot(export, tmp_path, changes, message):
     edit_config(export, **changes)
-    refused(export, tmp_path, message)
+    assert_refused(export, tmp_path, message)
 
 
-def refused(export, tmp_path, message, **options):
+def assert_refused(export, tmp_path, message, **options):
     with pytest.raises(UserError, match=message) as error:
         import_checkpoint(export, tmp_path / "workdir", **options)
     assert "\n" not in str(error.value)
@@ -231,17 +231,17 @@ def test_damaged_tensors(export, tmp_path):
     whole = path.read_bytes()
     for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        refused(export, tmp_path, f"{TENSORS}: truncated or not a safetensors file")
+        assert_refused(export, tmp_path, f"{TENSORS}: truncated or not a safetensors file")
     path.write_bytes(whole)
     name = "model.layers.2.self_attn.q_proj.weight"
     edit_tensors(export, lambda tensors: tensors.pop(name))
-    refused(export, tmp_path, f"has no tensor {name}; \\[16, 16\\] was expected")
+    assert_refused(export, tmp_path, f"has no tensor {name}; \\[16, 16\\] was expected")
     edit_tensors(export, lambda tensors: tensors.update({name: np.zeros((16, 8), np.float32)}))
-    refused(export, tmp_path, f"{name} is \\[16, 8\\]; config.json makes it \\[16, 16\\]")
+    assert_refused(export, tmp_path, f"{name} is \\[16, 8\\]; config.json makes it \\[16, 16\\]")
     edit_tensors(export, lambda tensors: tensors.update({name: np.zeros((16, 16), np.int8)}))
-    refused(export, tmp_path, f"{name} is stored as I8, not supported")
+    assert_refused(export, tmp_path, f"{name} is stored as I8, not supported")
     edit_tensors(export, lambda tensors: tensors.update({name: np.zeros((16, 16), np.int32)}))
-    refused(export, tmp_path, f"{name} is stored as int32, not supported")
+    assert_refused(export, tmp_path, f"{name} is stored as int32, not supported")
     edit_tensors(export, lambda tensors: tensors.update({name: np.zeros((16, 16), np.float16)}))
     import_checkpoint(export, tmp_path / "workdir")
 
@@ -258,16 +258,16 @@ def test_tensors_that_say_nothing_new(export, tmp_path):
     np.testing.assert_array_equal(imported[: len(table)], table)
     shutil.rmtree(tmp_path / "workdir")
     edit_tensors(export, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
-    refused(export, tmp_path, "lm_head.weight is not the embedding table")
+    assert_refused(export, tmp_path, "lm_head.weight is not the embedding table")
     edit_tensors(export, lambda tensors: tensors.update({"lm_head.bias": tensors.pop("lm_head.weight")}))
-    refused(export, tmp_path, "lm_head.bias is not a tensor of the qwen2")
+    assert_refused(export, tmp_path, "lm_head.bias is not a tensor of the qwen2")
 
 
 def test_folders_that_are_no_checkpoint(export, standard, tmp_path):
     (export / TENSORS).rename(export / "pytorch_model.bin")
-    refused(export, tmp_path, "pytorch_model.bin: a pickle runs whatever code it holds")
+    assert_refused(export, tmp_path, "pytorch_model.bin: a pickle runs whatever code it holds")
     (export / "pytorch_model.bin").unlink()
-    refused(export, tmp_path, f"holds neither {TENSORS} nor {TENSORS}.index.json")
+    assert_refused(export, tmp_path, f"holds neither {TENSORS} nor {TENSORS}.index.json")
     index = export / f"{TENSORS}.index.json"
     for content, message in (
         ("{", "not JSON"),
@@ -277,19 +277,21 @@ def test_folders_that_are_no_checkpoint(export, standard, tmp_path):
         (json.dumps({"weight_map": {"a": "b.safetensors"}}), "b.safetensors: no such file"),
     ):
         index.write_text(content)
-        refused(export, tmp_path, message)
+        assert_refused(export, tmp_path, message)
     shutil.copyfile(standard / "export" / TENSORS, export / "b.safetensors")
-    refused(export, tmp_path, "b.safetensors: has no tensor a, which .* places there")
+    assert_refused(export, tmp_path, "b.safetensors: has no tensor a, which .* places there")
     (export / "config.json").unlink()
-    refused(export, tmp_path, "config.json: no such file")
-    refused(tmp_path / "nowhere", tmp_path, "there is no such folder")
+    assert_refused(export, tmp_path, "config.json: no such file")
+    assert_refused(tmp_path / "nowhere", tmp_path, "there is no such folder")
 
 
 def test_options_that_do_not_fit(export, tmp_path):
-    refused(export, tmp_path, "--layout=even: .*add --variant", layout="even")
-    refused(export, tmp_path, "variant 'static_emb' is unknown; did you mean static_emb_qk", variant="static_emb")
-    refused(export, tmp_path, "there is no layer 9; layers are 1 to 4", layout="9", variant="mlp")
-    refused(export, tmp_path, "two fixed streams", layout="standard,rnd_emb_qk,fixed_seq_qk,mlp")
+    assert_refused(export, tmp_path, "--layout=even: .*add --variant", layout="even")
+    assert_refused(
+        export, tmp_path, "variant 'static_emb' is unknown; did you mean static_emb_qk", variant="static_emb"
+    )
+    assert_refused(export, tmp_path, "there is no layer 9; layers are 1 to 4", layout="9", variant="mlp")
+    assert_refused(export, tmp_path, "two fixed streams", layout="standard,rnd_emb_qk,fixed_seq_qk,mlp")
 
 
 def test_nothing_is_overwritten(export, standard, tmp_path):
