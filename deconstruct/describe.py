@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from typing import Any
 
 from deconstruct import accounting, costs
 from deconstruct.config import Config, load_config
+from deconstruct.kernels import dispatch
 from deconstruct.types import UserError
 
 
@@ -28,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch}: must be at least 1")
     config = load_config(arguments.config, arguments=arguments.overrides)
+    # Nothing is computed here: which program would do it is no news.
+    logging.getLogger(dispatch.__name__).setLevel(logging.WARNING)
     description = describe(config, arguments.batch)
     if arguments.costs:
         description["costs"] = costs.costs(config.model, arguments.batch, config.sequence_length)
