@@ -23,7 +23,7 @@ from deconstruct.config import ModelConfig
 from deconstruct.layout import STANDARD
 from deconstruct.model import decode
 from deconstruct.model.language_model import abstract_model
-from deconstruct.programs import abstract_block, block_program, kept_bytes
+from deconstruct.programs import abstract_block, block_program, kept_bytes, traceable
 
 # Peak dense bf16 FLOP/s of one device, by what its `device_kind` contains (vendors' data sheets). First match counts.
 PEAK_FLOPS = {
@@ -166,7 +166,8 @@ def layer_cache_bytes(config: ModelConfig, batch: int, length: int) -> list[int]
 
 
 def layer_activation_bytes(config: ModelConfig, batch: int, length: int) -> list[int]:
-    """Of each layer, if nothing of it is recomputed: what JAX keeps when it is differentiated."""
+    """Of each layer, if nothing of it is recomputed: what JAX keeps when it is differentiated, with XLA's kernels."""
+    config = traceable(config)
     return _by_layer(config, lambda name, x_passes: kept_bytes(block_program(config, name, batch, length, x_passes)))
 
 

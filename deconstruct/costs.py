@@ -27,11 +27,12 @@ TOLERANCE = 0.05  # a compiled program further than this from its formula is exp
 
 def costs(config: ModelConfig, batch: int, length: int) -> dict[str, Any]:
     """`layer`: for each variant, the costs of one mixer; `model`: those of the whole model, as its layout has it.
+    With XLA's kernels, whatever `impl` the configuration names (but reference).
 
     FLOPs and bytes. `dense` and `needed` are formulas (see `Flops`), `dense_compiled` and `compiled` are XLA's analysis
     of the reference and of the fast path; `paper` is None where the paper has no formula.
     """
-    names = one_of_each()
+    config, names = programs.traceable(config), one_of_each()
     rows = []
     with tqdm(total=len(names) + 1, desc="compiling", leave=False) as bar:
         for name in names:

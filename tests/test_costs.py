@@ -176,6 +176,13 @@ def test_cache_bytes_of_the_paper(name):
         assert ours == 2 * paper
 
 
+def test_kernels_of_another_device_are_counted_as_those_of_xla():
+    plain = sized("standard")
+    cudnn = dataclasses.replace(plain, impl="cudnn", dtype="bfloat16")
+    kept = accounting.activation_bytes(cudnn, BATCH, LENGTH)
+    assert kept == accounting.activation_bytes(dataclasses.replace(cudnn, impl="xla"), BATCH, LENGTH) > 0
+
+
 def test_describe_prints_them_side_by_side(tmp_path, capsys):
     arguments = ["--config=configs/quickstart.py", "--config.sequence_length=8", "--config.model.num_layers=2"]
     assert cli.main(["describe", "--costs", "--json", "--batch=2", *arguments]) == 0
