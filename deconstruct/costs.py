@@ -156,8 +156,14 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
         if constants := row["cache"]["constants"]:
             what = f"decoding keeps {constants:,} bytes of the fixed stream beside its cache, for any batch"
             reasons.setdefault(what, []).append(row["variant"])
+    if all(row["cache"]["paper"] is None for row in rows):
+        first = "The paper's formulas are for as many key heads as query heads; this configuration has fewer."
+    else:
+        first = (
+            "Kept for the backward pass: the paper counts q, k, v, the result and the map; measured is all JAX keeps."
+        )
     return [
-        "Kept for the backward pass: the paper counts q, k, v, the result and the map; measured is all that JAX keeps.",
+        first,
         *(f"{', '.join(names)}: {reason}." for reason, names in reasons.items()),
     ]
 

@@ -194,4 +194,7 @@ def test_describe_prints_them_side_by_side(tmp_path, capsys):
         assert text.count(f"\n{row['variant']} ") >= 4
     assert found["model"]["train"]["compiled"] > found["model"]["train"]["needed"] > 0
     assert "in the paper the output projection is left out" in text
+    for row in found["layer"]:  # as with grouped queries
+        row["cache"]["paper"] = None
+    assert "this configuration has fewer" in costs.as_text(found) and "has fewer" not in text
     assert "bytes of the fixed stream beside its cache" in text

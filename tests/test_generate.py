@@ -25,16 +25,17 @@ def requests(seed=0):
     return [Request("", prompt, seed + i, i) for i, prompt in enumerate(PROMPTS)]
 
 
-def tiny_model(name, vocabulary, length=160):
+def tiny_model(name, vocabulary, length=160, layout="even"):
     sizes = {"init_std": 0.3, "scan": False, "vocab_size": vocabulary}
-    return build_model(tiny_config(sizes, variant=name, layout="even", sequence_length=length).model, seed=2)
+    return build_model(tiny_config(sizes, variant=name, layout=layout, sequence_length=length).model, seed=2)
 
 
+@pytest.mark.parametrize("layout", ["uniform", "even"])
 @pytest.mark.parametrize("name", PAPER_NAMES)
-def test_greedy_is_the_same_with_and_without_a_cache(name, text):
+def test_greedy_is_the_same_with_and_without_a_cache(name, layout, text):
     """300 tokens each after prompts of unequal length in one batch; every one is what the full forward pass says of
     all before it."""
-    model = tiny_model(name, text.vocab_size, length=320)
+    model = tiny_model(name, text.vocab_size, length=320, layout=layout)
     table = model.embed.embedding[...]
     model.embed.embedding[...] = table.at[text.end_of_text].set(0)  # never the likeliest: nothing ends early
     asked = requests()
