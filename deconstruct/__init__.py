@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from deconstruct.attention.base import register_mixer as register_mixer
     from deconstruct.config import load_config as load_config
     from deconstruct.model.language_model import build_model as build_model
-    from deconstruct.workdir import restore_model as restore_model
+    from deconstruct.run.restore import restore_model as restore_model
 
 _HOMES = {
     "load_config": "deconstruct.config",
     "build_model": "deconstruct.model.language_model",
-    "restore_model": "deconstruct.workdir",
+    "restore_model": "deconstruct.run.restore",
     "register_form": "deconstruct.attention.base",
     "register_mixer": "deconstruct.attention.base",
     "Form": "deconstruct.attention.base",

@@ -16,8 +16,8 @@ VERBS = {
     "prepare": ("deconstruct.data.prepare", "turn text into a tokenizer and packed training rows"),
     "train": ("deconstruct.train.loop", "train, or resume, a model from a config file"),
     "evaluate": ("deconstruct.evaluate.follower", "measure perplexity of a run's checkpoints"),
-    "describe": ("deconstruct.describe", "show a config's layers, parameters, FLOPs and cache, without training"),
-    "generate": ("deconstruct.generate", "continue prompts with a run's model"),
+    "describe": ("deconstruct.costs.describe", "show a config's layers, parameters, FLOPs and cache, without training"),
+    "generate": ("deconstruct.generation.command", "continue prompts with a run's model"),
     "import": (
         "deconstruct.interop.import_checkpoint",
         "make a workdir of a Hugging Face checkpoint (qwen2, qwen3), or a hybrid of it",

@@ -22,6 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from deconstruct import layout as layouts
+from deconstruct import plan as plans
 from deconstruct.types import UserError
 
 PYTHIA_VOCABULARY = 50_277
@@ -75,8 +76,8 @@ class ModelConfig:
         return -(-self.vocab_size // 128) * 128
 
     @property
-    def plan(self) -> layouts.Plan:
-        return layouts.plan(self.layers) if self.scan else layouts.unrolled(self.layers)
+    def plan(self) -> plans.Plan:
+        return plans.plan(self.layers) if self.scan else plans.unrolled(self.layers)
 
 
 @dataclasses.dataclass(frozen=True)

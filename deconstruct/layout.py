@@ -1,13 +1,10 @@
-"""Layouts (which layer is which variant) and plans (how the layers are folded into scanned segments).
+"""Layouts: which layer is which variant.
 
 A layout is a tuple of variant names, one per layer. The named ones are those of "Deconstructing Attention"
 (arXiv:2510.11602, table 1): they say which layers stay `standard`; the others hold the variant.
 """
 
 from __future__ import annotations
-
-import functools
-from typing import NamedTuple
 
 from deconstruct.types import UserError
 
@@ -65,70 +62,3 @@ def layer_variants(layout: str, variant: str, count: int) -> tuple[str, ...]:
 def replaced_layers(layers: tuple[str | None, ...]) -> tuple[int, ...]:
     """The layers (indices from 0) that are not standard: those that `skip` removes."""
     return tuple(i for i, name in enumerate(layers) if name != STANDARD)
-
-
-class Segment(NamedTuple):
-    """`repeats` times the same `unit` of layers, one traced block per layer of the unit."""
-
-    unit: tuple[str | None, ...]
-    repeats: int
-
-    def __len__(self) -> int:  # layers covered
-        return len(self.unit) * self.repeats
-
-
-Plan = tuple[Segment, ...]
-
-
-def unrolled(layers: tuple[str | None, ...]) -> Plan:
-    """The plan that folds nothing: every layer is traced by itself."""
-    return (Segment(tuple(layers), 1),) if layers else ()
-
-
-def plan(layers: tuple[str | None, ...]) -> Plan:
-    """Folds a layout into the segments that trace the fewest blocks, and among those the fewest segments.
-
-    Compile time then depends on how many unlike layers a unit holds, not on depth. A dynamic program over
-    prefixes; cubic in the number of layers, and cached.
-    """
-    return _plan(tuple(layers))
-
-
-@functools.lru_cache(maxsize=256)
-def _plan(layers: tuple[str | None, ...]) -> Plan:
-    count = len(layers)
-    # best[i] = (traced blocks, segments) and the plan of the first i layers.
-    best: list[tuple[tuple[int, int], Plan]] = [((0, 0), ())]
-    for end in range(1, count + 1):
-        candidates = []
-        for start in range(end):
-            length = end - start
-            for unit_length in range(1, length + 1):
-                if length % unit_length:
-                    continue
-                unit = layers[start : start + unit_length]
-                if unit * (length // unit_length) == layers[start:end]:
-                    (blocks, segments), before = best[start]
-                    segment = Segment(unit, length // unit_length)
-                    candidates.append(((blocks + unit_length, segments + 1), (*before, segment)))
-                    break  # a longer unit of the same span only traces more
-        best.append(min(candidates, key=lambda candidate: candidate[0]))
-    return best[count][1]
-
-
-class Place(NamedTuple):
-    """Where a layer's parameters live: segment, position in its unit, and repeat."""
-
-    segment: int
-    position: int
-    repeat: int
-
-
-def places(segments: Plan) -> tuple[Place, ...]:
-    """The place of each layer, in layer order."""
-    return tuple(
-        Place(s, position, repeat)
-        for s, segment in enumerate(segments)
-        for repeat in range(segment.repeats)
-        for position in range(len(segment.unit))
-    )

@@ -12,7 +12,7 @@ import pytest
 
 from deconstruct.cli import VERBS, main
 from deconstruct.config import load_config
-from deconstruct.describe import describe
+from deconstruct.costs.describe import describe
 
 ROOT = Path(__file__).parents[1]
 SMALL, QUICKSTART = str(ROOT / "configs" / "small.py"), str(ROOT / "configs" / "quickstart.py")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from deconstruct import accounting
 from deconstruct.attention.variants import VARIANTS
 from deconstruct.config import (
     PYTHIA_VOCABULARY,
@@ -19,6 +18,7 @@ from deconstruct.config import (
     load_config,
     resolve,
 )
+from deconstruct.costs import accounting
 from deconstruct.layout import LAYOUTS
 from deconstruct.model.language_model import abstract_model
 from deconstruct.types import UserError

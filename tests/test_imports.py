@@ -15,20 +15,16 @@ PACKAGE = Path(deconstruct.__file__).parent
 # From the ground up. A name is a file or a folder of the package; what stands on one floor does not know each other.
 FLOORS = [
     {"types"},
-    {"layout", "metrics"},
+    {"layout", "plan"},
     {"config"},
     {"distributed"},
     {"layers"},
     {"kernels", "data"},
     {"attention"},
     {"model"},
-    {"programs", "paper_costs"},
-    {"accounting"},
-    {"checkpoint"},
-    {"workdir"},
-    {"train", "evaluate", "interop"},
-    {"costs", "generate"},
-    {"bench", "describe"},
+    {"run", "costs"},
+    {"train", "evaluate", "interop", "generation"},
+    {"bench"},
     {"cli"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

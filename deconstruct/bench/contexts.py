@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deconstruct import accounting
 from deconstruct.attention.variants import one_of_each
 from deconstruct.bench.rounds import Case, Round, ratio, take_turns
 from deconstruct.config import ModelConfig
+from deconstruct.costs import accounting
+from deconstruct.costs.paper import PAPER_COSTS
 from deconstruct.layout import STANDARD
 from deconstruct.model import decode
 from deconstruct.model.language_model import build_model
-from deconstruct.paper_costs import PAPER_COSTS
 
 CONTEXTS = (256, 1024, 4096, 16384)
 STEPS = 8

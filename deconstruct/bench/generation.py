@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from deconstruct.bench.rounds import Case, import_peers, speeds, take_turns
-from deconstruct.generate import Generator, Request, Settings
+from deconstruct.generation.generator import Generator, Request, Settings
 from deconstruct.interop.huggingface import config_json, flat, stored
 from deconstruct.model.language_model import LanguageModel, build_model
 from deconstruct.model.placement import split_model

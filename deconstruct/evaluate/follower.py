@@ -17,18 +17,19 @@ import jax
 import numpy as np
 from etils import epath
 
-from deconstruct import checkpoint
-from deconstruct.checkpoint import CheckpointGoneError
 from deconstruct.config import Config, MeshConfig
 from deconstruct.data import tokenizer
 from deconstruct.data.manifest import Manifest, load_manifest
 from deconstruct.data.pipeline import Windows
 from deconstruct.distributed.mesh import make_mesh
 from deconstruct.evaluate.perplexity import Perplexity
-from deconstruct.metrics import append_jsonl, drop_torn_line, read_jsonl
 from deconstruct.model.language_model import LanguageModel
+from deconstruct.run import checkpoint
+from deconstruct.run.checkpoint import CheckpointGoneError
+from deconstruct.run.jsonl import append_jsonl, drop_torn_line, read_jsonl
+from deconstruct.run.restore import restore_model, skipped
+from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
-from deconstruct.workdir import Workdir, restore_model, skipped
 
 QUALIFIERS = (
     "context",
@@ -80,12 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--max-tokens={arguments.max_tokens}: must not be negative; 0 takes all")
     if not arguments.poll > 0:
         raise UserError(f"--poll={arguments.poll}: must be positive")
-    place = Workdir(arguments.workdir)
-    while arguments.follow and not place.config_file.exists():
+    run_dir = Workdir(arguments.workdir)
+    while arguments.follow and not run_dir.config_file.exists():
         time.sleep(arguments.poll)  # the trainer has not begun yet
-    evaluator = Evaluator(place, place.read_config(), arguments)
+    evaluator = Evaluator(run_dir, run_dir.read_config(), arguments)
     if not arguments.follow:
-        evaluator.evaluate(place.step(arguments.step))
+        evaluator.evaluate(run_dir.step(arguments.step))
         return 0
     for step in evaluator.new_steps(arguments.poll):
         try:
@@ -99,8 +100,8 @@ class Evaluator:
     """What one call of `evaluate` measures on each checkpoint: a text, at several contexts, one way of cutting
     windows."""
 
-    def __init__(self, place: Workdir, config: Config, arguments: argparse.Namespace):
-        self.place, self.config, self.skip = place, config, arguments.skip
+    def __init__(self, run_dir: Workdir, config: Config, arguments: argparse.Namespace):
+        self.run_dir, self.config, self.skip = run_dir, config, arguments.skip
         self.contexts = parse_contexts(arguments.contexts) or [config.sequence_length]
         self.strides = [_stride(context, arguments.windows, arguments.stride) for context in self.contexts]
         skipped(config.model, self.skip)  # refuses what cannot be skipped before anything is loaded
@@ -119,13 +120,13 @@ class Evaluator:
                 raise UserError(f"--text={path}: there is no such file")
             content = path.read_bytes()
             try:
-                tokens = tokenizer.load(self.place.tokenizer).encode(content.decode("utf-8"))
+                tokens = tokenizer.load(self.run_dir.tokenizer).encode(content.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(f"--text={path}: not UTF-8 at byte {error.start}") from error
             return np.array(tokens, np.int32), f"{path.name}:{hashlib.sha256(content).hexdigest()[:12]}"
         data = arguments.data or self.config.data
         if not data:
-            raise UserError(f"--workdir={self.place.folder}: an imported model names no data; give --data or --text")
+            raise UserError(f"--workdir={self.run_dir.folder}: an imported model names no data; give --data or --text")
         manifest = load_manifest(data)
         self._check_data(data, manifest)
         whole = Windows(data, "validation", manifest.row_length)
@@ -133,11 +134,11 @@ class Evaluator:
         return np.append(rows[:, :-1].reshape(-1), rows[-1, -1]), "validation"
 
     def _check_data(self, data: str, manifest: Manifest) -> None:
-        latest = checkpoint.latest_step(self.place.checkpoints)
+        latest = checkpoint.latest_step(self.run_dir.checkpoints)
         if latest is None:
             return  # nothing saved yet: --follow meets the first checkpoint with the trainer's own data
         try:
-            meta = checkpoint.read_meta(self.place.checkpoints, latest)
+            meta = checkpoint.read_meta(self.run_dir.checkpoints, latest)
         except CheckpointGoneError:  # a later one has taken its place
             return self._check_data(data, manifest)
         if meta["data"] is None:  # imported and not trained here yet: any data of its own tokenizer
@@ -156,21 +157,21 @@ class Evaluator:
 
     def evaluate(self, step: int) -> None:
         """Measures what the ledger does not hold yet of `step`, and adds it."""
-        drop_torn_line(self.place.evaluations)
+        drop_torn_line(self.run_dir.evaluations)
         # Perplexity is written last: where it stands, the setting is complete.
-        records = read_jsonl(self.place.evaluations)
+        records = read_jsonl(self.run_dir.evaluations)
         done = {_identity(record) for record in records if record["metric"] == "perplexity"}
         missing = [setting for setting in self.settings(step) if _identity(setting) not in done]
         if not missing:
-            log.info("step %d: everything asked for is in %s already", step, self.place.evaluations)
+            log.info("step %d: everything asked for is in %s already", step, self.run_dir.evaluations)
             return
-        model: LanguageModel = restore_model(self.place.folder, step, skip=self.skip, mesh=self.mesh)
+        model: LanguageModel = restore_model(self.run_dir.folder, step, skip=self.skip, mesh=self.mesh)
         for setting in missing:
             with jax.set_mesh(self.mesh):
                 result = self.perplexity(model, self.stream, setting["context"], setting["stride"])
             for metric, value in (("nll", result.nll), ("perplexity", result.perplexity)):
                 append_jsonl(
-                    self.place.evaluations,
+                    self.run_dir.evaluations,
                     {"step": step, "task": setting["task"], "metric": metric, "value": value, "tokens": result.tokens}
                     | {key: setting[key] for key in QUALIFIERS},
                 )
@@ -180,11 +181,11 @@ class Evaluator:
         """Each finished step once, oldest first, until the run's last."""
         seen: set[int] = set()
         while True:
-            fresh = [step for step in checkpoint.finished_steps(self.place.checkpoints) if step not in seen]
+            fresh = [step for step in checkpoint.finished_steps(self.run_dir.checkpoints) if step not in seen]
             for step in fresh:
                 seen.add(step)
                 yield step
-                if step >= self.place.read_config().steps:
+                if step >= self.run_dir.read_config().steps:
                     return
             if not fresh:
                 time.sleep(poll)

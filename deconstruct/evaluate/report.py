@@ -11,17 +11,17 @@ import sys
 
 from deconstruct.data.manifest import load_manifest
 from deconstruct.layout import replaced_layers
-from deconstruct.metrics import read_jsonl
+from deconstruct.run.jsonl import read_jsonl
+from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
-from deconstruct.workdir import Workdir
 
 
 def report(workdir: str) -> str:
     """Loss before and after, and validation perplexity beside what guessing by frequency would reach."""
-    place = Workdir(workdir)
-    config = place.read_config()
-    logged = read_jsonl(place.metrics)
-    evaluated = [r for r in read_jsonl(place.evaluations) if r["metric"] == "perplexity" and not r["skip"]]
+    run_dir = Workdir(workdir)
+    config = run_dir.read_config()
+    logged = read_jsonl(run_dir.metrics)
+    evaluated = [r for r in read_jsonl(run_dir.evaluations) if r["metric"] == "perplexity" and not r["skip"]]
     if not logged or not evaluated:
         raise UserError(
             f"--workdir={workdir}: nothing to report yet; run `deconstruct train` and `deconstruct evaluate` first"

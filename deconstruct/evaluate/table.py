@@ -14,9 +14,9 @@ from typing import Any
 
 from etils import epath
 
-from deconstruct.metrics import read_jsonl
+from deconstruct.run.jsonl import read_jsonl
+from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
-from deconstruct.workdir import Workdir
 
 PAPER = {
     ("standard", "uniform"): 38.1,
@@ -39,16 +39,16 @@ def read_runs(folder: str) -> list[dict[str, Any]]:
     """One entry per run that was evaluated: variant, layout, step, and perplexity by context at its latest step."""
     runs = []
     for path in sorted(epath.Path(folder).iterdir()):
-        place = Workdir(path)
-        if not place.config_file.exists():
+        run_dir = Workdir(path)
+        if not run_dir.config_file.exists():
             continue
         records = [
             r
-            for r in read_jsonl(place.evaluations)
+            for r in read_jsonl(run_dir.evaluations)
             if r["metric"] == "perplexity" and r["text"] == "validation" and not r["skip"]
         ]
         if records:
-            config, step = place.read_config(), max(r["step"] for r in records)
+            config, step = run_dir.read_config(), max(r["step"] for r in records)
             perplexity = {r["context"]: r["value"] for r in records if r["step"] == step}
             runs.append({"variant": config.variant, "layout": config.layout, "step": step, "perplexity": perplexity})
     if not runs:

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from deconstruct import checkpoint
 from deconstruct.config import Config
 from deconstruct.distributed.mesh import single_device_mesh
 from deconstruct.interop import tokenizer_files
@@ -43,8 +42,9 @@ from deconstruct.interop.listing import spans
 from deconstruct.layout import STANDARD
 from deconstruct.model.placement import abstract_arrays
 from deconstruct.model.restack import to_layers
+from deconstruct.run import checkpoint
+from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
-from deconstruct.workdir import Workdir
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -79,17 +79,17 @@ def export_checkpoint(
     """
     if dtype not in PRECISIONS:
         raise UserError(f"--dtype={dtype}: expected {' or '.join(PRECISIONS)}")
-    place, folder = Workdir(workdir), fresh_folder("--output", output)
-    step = place.step(step)
-    config = Config.from_dict(checkpoint.read_meta(place.checkpoints, step)["config"])
+    run_dir, folder = Workdir(workdir), fresh_folder("--output", output)
+    step = run_dir.step(step)
+    config = Config.from_dict(checkpoint.read_meta(run_dir.checkpoints, step)["config"])
     groups = _groups(config)
     names = {name: entry for group in groups for name, entry in _entries(group, config, dtype).items()}
     described = {entry.name: array for entry, array in names.values()}
-    source = Path(os.fspath(place.tokenizer))
+    source = Path(os.fspath(run_dir.tokenizer))
     tokens = tokenizer_files.find(source)
     with appearing(folder) as partial:
-        files = write_safetensors(partial, described, _arrays(place, step, groups, names), shard_bytes)
-        write_json(partial / "config.json", _config_json(config, dtype, place, tokens))
+        files = write_safetensors(partial, described, _arrays(run_dir, step, groups, names), shard_bytes)
+        write_json(partial / "config.json", _config_json(config, dtype, run_dir, tokens))
         tokenizer_files.carry(tokens, source, partial)
         said = tokenizer_files.complete(tokens, partial)
     count = sum(math.prod(entry.shape) for name, (entry, _) in names.items() if not name.startswith("frozen/"))
@@ -120,17 +120,17 @@ def _entries(group: Any, config: Config, dtype: str) -> dict[str, tuple[Stored, 
 
 
 def _arrays(
-    place: Workdir, step: int, groups: list[Any], names: dict[str, tuple[Stored, Array]]
+    run_dir: Workdir, step: int, groups: list[Any], names: dict[str, tuple[Stored, Array]]
 ) -> Iterator[tuple[str, np.ndarray]]:
     for group in groups:
-        for name, array in flat(checkpoint.load_model(place.checkpoints, step, group, partial=True)).items():
+        for name, array in flat(checkpoint.load_model(run_dir.checkpoints, step, group, partial=True)).items():
             entry = names[name][0]
             yield entry.name, entry.write(np.asarray(array))
 
 
-def _config_json(config: Config, dtype: str, place: Workdir, tokens: tokenizer_files.Found) -> dict[str, Any]:
+def _config_json(config: Config, dtype: str, run_dir: Workdir, tokens: tokenizer_files.Found) -> dict[str, Any]:
     """With what a checkpoint imported into this workdir said of positions and special ids."""
-    imported = place.folder / "imported.json"
+    imported = run_dir.folder / "imported.json"
     before = read_json(Path(os.fspath(imported))).get("config", {}) if imported.exists() else {}
     ids = {key: before[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in before}
     if not ids and tokens.tokenizer is not None:

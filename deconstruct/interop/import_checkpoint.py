@@ -18,7 +18,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deconstruct.attention.variants import fixed_source
-from deconstruct.checkpoint import Checkpoints
 from deconstruct.config import Config, resolve
 from deconstruct.distributed.mesh import single_device_mesh
 from deconstruct.interop import tokenizer_files
@@ -40,8 +39,9 @@ from deconstruct.layout import STANDARD
 from deconstruct.model.language_model import LanguageModel
 from deconstruct.model.placement import abstract_arrays, split_model
 from deconstruct.model.restack import to_layers
+from deconstruct.run.checkpoint import Checkpoints
+from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
-from deconstruct.workdir import Workdir
 
 SEQUENCE_LENGTH = 2048  # of the workdir's configuration, where the checkpoint allows more
 

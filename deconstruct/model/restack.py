@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deconstruct.layout import Plan, places
+from deconstruct.plan import Plan, slots
 
 
 def take(x: Any, repeat: int) -> Any:
@@ -32,8 +32,8 @@ def to_layers(tree: Any, plan: Plan) -> Any:
     def split(model: Any) -> Any:
         segments = model["stack"]["segments"]
         layers = {
-            str(i): jax.tree.map(lambda x, r=place.repeat: take(x, r), segments[place.segment][place.position])
-            for i, place in enumerate(places(plan))
+            str(i): jax.tree.map(lambda x, r=slot.repeat: take(x, r), segments[slot.segment][slot.position])
+            for i, slot in enumerate(slots(plan))
         }
         return {**{key: value for key, value in model.items() if key != "stack"}, "layers": layers}
 
@@ -42,7 +42,7 @@ def to_layers(tree: Any, plan: Plan) -> Any:
 
 def to_segments(tree: Any, plan: Plan) -> Any:
     """The inverse of `to_layers`, for any plan of the same layers."""
-    where = places(plan)
+    where = slots(plan)
 
     def join(model: Any) -> Any:
         def block(s: int, position: int) -> Any:

@@ -19,7 +19,7 @@ from deconstruct.attention.variants import fixed_source, make_mixer
 from deconstruct.config import ModelConfig
 from deconstruct.distributed.sharding import constrain
 from deconstruct.layers import RMSNorm, SwiGLU
-from deconstruct.layout import places
+from deconstruct.plan import slots
 from deconstruct.types import Streams
 
 RESIDUAL = ("batch", "length", None)
@@ -89,7 +89,7 @@ def layer_state(stacked: Any, repeat: int | jax.Array) -> Any:
 class Stack(nnx.Module):
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.config = config
-        where = places(config.plan)
+        where = slots(config.plan)
         # One program draws all layers of a variant, however they are then laid out.
         drawn = {}
         for variant in dict.fromkeys(config.layers):
@@ -117,7 +117,7 @@ class Stack(nnx.Module):
                 streams = Streams(streams.h, None)  # no layer reads x any more
             streams, records = _run_segment(blocks, segment.repeats, streams, context, record, self.config.remat)
             recorded.append(records)
-        return streams, [layer_state(recorded[s][position], repeat) for s, position, repeat in places(plan)]
+        return streams, [layer_state(recorded[s][position], repeat) for s, position, repeat in slots(plan)]
 
     def extend(
         self,
@@ -137,7 +137,7 @@ class Stack(nnx.Module):
 
     def layer(self, index: int) -> Block:
         """The block of one layer, with its own parameters; for looking at, not for training."""
-        s, position, repeat = places(self.config.plan)[index]
+        s, position, repeat = slots(self.config.plan)[index]
         graphdef, state = nnx.split(self.segments[s][position])
         return nnx.merge(graphdef, layer_state(nnx.to_pure_dict(state), repeat))
 

@@ -20,22 +20,24 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from deconstruct import accounting, checkpoint
-from deconstruct.checkpoint import Checkpoints
 from deconstruct.config import Config, load_config
+from deconstruct.costs import accounting
 from deconstruct.data import pipeline, tokenizer
 from deconstruct.data.manifest import Manifest, load_manifest
 from deconstruct.distributed import runtime
 from deconstruct.distributed.mesh import check_batch, make_mesh
 from deconstruct.distributed.sharding import batch_spec
-from deconstruct.metrics import Clock, MetricWriter
+from deconstruct.run import checkpoint
+from deconstruct.run.checkpoint import Checkpoints
+from deconstruct.run.clock import Clock
+from deconstruct.run.metric_writer import MetricWriter
+from deconstruct.run.workdir import Workdir
 from deconstruct.train.optimizer import make_optimizer, make_schedule
 from deconstruct.train.progress import Progress
 from deconstruct.train.resume import RunCheckpoints, check_same_run, make_meta
 from deconstruct.train.state import StateSpec, TrainState, make_state_spec
 from deconstruct.train.step import batch_of, make_step
 from deconstruct.types import UserError
-from deconstruct.workdir import Workdir
 
 STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM, to be run again
 
@@ -68,16 +70,16 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
     _check_data(config, manifest)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    place = Workdir(workdir)
+    run_dir = Workdir(workdir)
     if jax.default_backend() != "cpu":  # a resumed run then starts without compiling again
-        jax.config.update("jax_compilation_cache_dir", os.fspath(place.folder / "compilation_cache"))
+        jax.config.update("jax_compilation_cache_dir", os.fspath(run_dir.folder / "compilation_cache"))
     keep_period = config.checkpoint.keep_period or None
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        run = Run(config, manifest, mesh, place)  # a mistake of the user's ends here, before anything is written
-        place.folder.mkdir(parents=True, exist_ok=True)
+        run = Run(config, manifest, mesh, run_dir)  # a mistake of the user's ends here, before anything is written
+        run_dir.folder.mkdir(parents=True, exist_ok=True)
         writer = stack.enter_context(
-            Checkpoints(place.checkpoints, config.checkpoint_every, config.checkpoint.keep, keep_period)
+            Checkpoints(run_dir.checkpoints, config.checkpoint_every, config.checkpoint.keep, keep_period)
         )
         return run.train(writer)
 
@@ -90,9 +92,9 @@ def _check_data(config: Config, manifest: Manifest) -> None:
         )
 
 
-def latest_step_everywhere(place: Workdir) -> int | None:
+def latest_step_everywhere(run_dir: Workdir) -> int | None:
     """The latest finished step as process 0 sees it: a shared file system may show the others an older listing."""
-    latest = checkpoint.latest_step(place.checkpoints)
+    latest = checkpoint.latest_step(run_dir.checkpoints)
     if jax.process_count() == 1:
         return latest
     agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if latest is None else latest)))
@@ -102,15 +104,15 @@ def latest_step_everywhere(place: Workdir) -> int | None:
 class Run:
     """One process's part in a run. Making it checks all that the user can have got wrong, and writes nothing."""
 
-    def __init__(self, config: Config, manifest: Manifest, mesh: jax.sharding.Mesh, place: Workdir):
-        self.config, self.manifest, self.mesh, self.place = config, manifest, mesh, place
+    def __init__(self, config: Config, manifest: Manifest, mesh: jax.sharding.Mesh, run_dir: Workdir):
+        self.config, self.manifest, self.mesh, self.run_dir = config, manifest, mesh, run_dir
         self.clock = Clock()
         self.optimizer = make_optimizer(config)
         self.spec: StateSpec = make_state_spec(config, self.optimizer, mesh)
         self.stop = runtime.StopSignal()
         self.rows = jax.sharding.NamedSharding(mesh, batch_spec())
-        self.latest = latest_step_everywhere(place)
-        meta = self.meta = None if self.latest is None else checkpoint.read_meta(place.checkpoints, self.latest)
+        self.latest = latest_step_everywhere(run_dir)
+        meta = self.meta = None if self.latest is None else checkpoint.read_meta(run_dir.checkpoints, self.latest)
         # A new run chooses its fixed text, and so does one that starts from an imported checkpoint without any.
         chooses = meta is None or (meta["data"] is None and "frozen/fixed" in meta["drawn"])
         self.fixed_tokens = self._fixed_tokens() if chooses else None
@@ -123,14 +125,14 @@ class Run:
 
     def train(self, writer: Checkpoints) -> int:
         config = self.config
-        checkpoints = RunCheckpoints(writer, self.place.checkpoints, self.spec, config)
+        checkpoints = RunCheckpoints(writer, self.run_dir.checkpoints, self.spec, config)
         state, first = self._start(checkpoints)
         if first >= config.steps:
             log.info("step %d of %d: nothing left to do", first, config.steps)
             return 0
         with self.clock.measure("compile"):
             compiled = self.lowered.compile()
-        metrics_out = MetricWriter(self.place.folder, first) if runtime.is_main() else None
+        metrics_out = MetricWriter(self.run_dir.folder, first) if runtime.is_main() else None
         progress = Progress(first, config.steps)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         report = Report(self, metrics_out, progress, first)
@@ -170,8 +172,8 @@ class Run:
         if meta is not None:
             check_same_run(config, meta, manifest.fingerprint, manifest.tokenizer["sha256"])
         if runtime.is_main():
-            tokenizer.load(epath.Path(config.data) / "tokenizer").save(self.place.tokenizer)
-            self.place.write_config(config)  # last: an evaluator waits for it
+            tokenizer.load(epath.Path(config.data) / "tokenizer").save(self.run_dir.tokenizer)
+            self.run_dir.write_config(config)  # last: an evaluator waits for it
         if latest is None or meta is None:
             return self.spec.init(self.fixed_tokens), 0
         with self.clock.measure("restore"):

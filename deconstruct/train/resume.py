@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from deconstruct import checkpoint
 from deconstruct.attention.variants import fixed_source
-from deconstruct.checkpoint import Checkpoints
 from deconstruct.config import Config
 from deconstruct.model.restack import to_segments
+from deconstruct.run import checkpoint
+from deconstruct.run.checkpoint import Checkpoints
 from deconstruct.train.state import StateSpec, TrainState, running_form, saved_form
 from deconstruct.types import UserError
 

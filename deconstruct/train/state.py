@@ -12,10 +12,10 @@ import optax
 
 from deconstruct.config import Config
 from deconstruct.distributed.sharding import replicated
-from deconstruct.layout import Plan
 from deconstruct.model.language_model import LanguageModel
 from deconstruct.model.placement import abstract_arrays, split_model
 from deconstruct.model.restack import to_layers, to_segments
+from deconstruct.plan import Plan
 
 
 class TrainState(NamedTuple):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deconstruct import accounting
 from deconstruct.attention.base import Context
 from deconstruct.attention.variants import find_variant, make_mixer
+from deconstruct.costs import accounting
 from deconstruct.layers import rope_tables
 from deconstruct.model.language_model import build_model
 from deconstruct.types import Streams

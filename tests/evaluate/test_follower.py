@@ -16,9 +16,9 @@ from deconstruct.data.pipeline import Windows
 from deconstruct.evaluate import follower
 from deconstruct.evaluate.follower import Evaluator
 from deconstruct.evaluate.report import report
-from deconstruct.metrics import read_jsonl
+from deconstruct.run.jsonl import read_jsonl
+from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
-from deconstruct.workdir import Workdir
 from tests.evaluate.conftest import prepare_text
 
 assert VERBS["evaluate"][0] == follower.__name__

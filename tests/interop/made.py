@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deconstruct.checkpoint import Checkpoints
 from deconstruct.distributed.mesh import single_device_mesh
 from deconstruct.model.placement import abstract_arrays, split_model
 from deconstruct.model.restack import to_layers
-from deconstruct.workdir import Workdir
+from deconstruct.run.checkpoint import Checkpoints
+from deconstruct.run.workdir import Workdir
 from tests.tiny import tiny_config
 
 MODEL = {"num_layers": 4, "num_kv_heads": 2, "vocab_size": 261, "init_std": 0.2}  # 261: padded to 384

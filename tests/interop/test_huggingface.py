@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from deconstruct import checkpoint
 from deconstruct.data.tokenizer import load as load_tokenizer
 from deconstruct.interop.export_checkpoint import export_checkpoint
 from deconstruct.interop.huggingface import flat, settings_of
 from deconstruct.interop.import_checkpoint import import_checkpoint
 from deconstruct.model.language_model import build_model
+from deconstruct.run import checkpoint
+from deconstruct.run.restore import restore_model
+from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
-from deconstruct.workdir import Workdir, restore_model
 from tests.interop.made import arrays_of, make_config, make_workdir
 
 TENSORS = "model.safetensors"

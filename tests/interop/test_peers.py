@@ -17,7 +17,7 @@ from deconstruct.interop.huggingface import flat, stored
 from deconstruct.interop.import_checkpoint import import_checkpoint
 from deconstruct.model.placement import split_model
 from deconstruct.model.restack import to_layers
-from deconstruct.workdir import restore_model
+from deconstruct.run.restore import restore_model
 from tests.interop.made import make_config, make_workdir
 
 if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):

@@ -6,17 +6,18 @@ import math
 import numpy as np
 import pytest
 
-from deconstruct import checkpoint
 from deconstruct.cli import main
 from deconstruct.config import load_config
 from deconstruct.data.prepare import PrepareOptions, prepare
 from deconstruct.interop.export_checkpoint import export_checkpoint
 from deconstruct.interop.huggingface import flat
 from deconstruct.interop.import_checkpoint import import_checkpoint
-from deconstruct.metrics import read_jsonl
+from deconstruct.run import checkpoint
+from deconstruct.run.jsonl import read_jsonl
+from deconstruct.run.restore import restore_model
+from deconstruct.run.workdir import Workdir
 from deconstruct.train.loop import train
 from deconstruct.types import UserError
-from deconstruct.workdir import Workdir, restore_model
 from tests.interop.made import arrays_of, make_config, make_workdir
 
 STEPS = 2

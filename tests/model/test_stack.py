@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deconstruct.layout import LAYOUTS, places, plan, unrolled
+from deconstruct.layout import LAYOUTS
 from deconstruct.model.language_model import build_model
 from deconstruct.model.placement import split_model
 from deconstruct.model.restack import rename_layers, to_layers, to_segments
-from deconstruct.workdir import skipped
+from deconstruct.plan import plan, slots, unrolled
+from deconstruct.run.restore import skipped
 from tests.tiny import tiny_config
 
 LAYERS = 8
@@ -141,7 +142,7 @@ def test_the_program_does_not_grow_with_depth(layout):
 def test_plans_cover_every_layer_once_and_stay_small(layout, layers):
     config = tiny_config({"num_layers": layers}, variant="mlp", layout=layout).model
     folded = plan(config.layers)
-    where = places(folded)
+    where = slots(folded)
     names = tuple(folded[p.segment].unit[p.position] for p in where)
     assert names == config.layers and len(set(where)) == layers
     assert len(folded) <= 3 and sum(len(segment.unit) for segment in folded) <= 4

@@ -14,12 +14,13 @@ import portpicker
 import pytest
 from flax import nnx
 
-from deconstruct import checkpoint
-from deconstruct.checkpoint import finished_steps
-from deconstruct.metrics import read_jsonl
+from deconstruct.run import checkpoint
+from deconstruct.run.checkpoint import finished_steps
+from deconstruct.run.jsonl import read_jsonl
+from deconstruct.run.restore import restore_model
+from deconstruct.run.workdir import Workdir
 from deconstruct.train.loop import train
 from deconstruct.types import UserError
-from deconstruct.workdir import Workdir, restore_model
 from tests.tiny import tiny_config
 
 STEPS = 12

@@ -10,7 +10,9 @@ import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
-from deconstruct.metrics import Clock, MetricWriter, append_jsonl, drop_torn_line, read_jsonl, truncate_jsonl
+from deconstruct.run.clock import Clock
+from deconstruct.run.jsonl import append_jsonl, drop_torn_line, read_jsonl, truncate_jsonl
+from deconstruct.run.metric_writer import MetricWriter
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_a_line_is_on_disk_when_append_returns(path):
     code = f"""
 import os
 from etils import epath
-from deconstruct.metrics import append_jsonl
+from deconstruct.run.jsonl import append_jsonl
 append_jsonl(epath.Path({str(path)!r}), {{"step": 1}})
 os._exit(1)  # no buffers are flushed
 """

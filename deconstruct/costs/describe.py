@@ -7,8 +7,8 @@ import json
 import logging
 from typing import Any
 
-from deconstruct import accounting, costs
 from deconstruct.config import Config, load_config
+from deconstruct.costs import accounting, side_by_side
 from deconstruct.kernels import dispatch
 from deconstruct.types import UserError
 
@@ -34,10 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger(dispatch.__name__).setLevel(logging.WARNING)
     description = describe(config, arguments.batch)
     if arguments.costs:
-        description["costs"] = costs.costs(config.model, arguments.batch, config.sequence_length)
+        description["costs"] = side_by_side.costs(config.model, arguments.batch, config.sequence_length)
     print(json.dumps(description) if arguments.json else as_text(description))
     if arguments.costs and not arguments.json:
-        print("\n" + costs.as_text(description["costs"]))
+        print("\n" + side_by_side.as_text(description["costs"]))
     return 0
 
 

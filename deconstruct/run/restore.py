@@ -1,65 +1,26 @@
-"""A workdir: the folder of one run, and how a model comes back out of it.
-
-config.json      the resolved configuration
-checkpoints/     one folder per saved step
-metrics.jsonl    one object per logged step; tensorboard/ holds the same
-eval.jsonl       one object per evaluated step, task and setting
-tokenizer/       the tokenizer of the training data
-"""
+"""How a model comes back out of a workdir: whole, or without the layers that are not standard."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from typing import Any, Literal
 
 import jax
-from etils import epath
 from flax import nnx
 
-from deconstruct import checkpoint
 from deconstruct.config import Config, ModelConfig
 from deconstruct.distributed.mesh import single_device_mesh
 from deconstruct.layout import replaced_layers
 from deconstruct.model.language_model import LanguageModel
 from deconstruct.model.placement import abstract_arrays
 from deconstruct.model.restack import rename_layers, to_layers, to_segments
+from deconstruct.run import checkpoint
+from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
 
 Skip = Literal["", "block", "mixer"]
-
-
-class Workdir:
-    """The names inside a workdir."""
-
-    def __init__(self, folder: os.PathLike[str] | str):
-        self.folder = epath.Path(folder)
-        self.checkpoints = self.folder / "checkpoints"
-        self.config_file = self.folder / "config.json"
-        self.metrics = self.folder / "metrics.jsonl"
-        self.evaluations = self.folder / "eval.jsonl"
-        self.tokenizer = self.folder / "tokenizer"
-
-    def write_config(self, config: Config) -> None:
-        temporary = self.folder / "config.json.tmp"
-        temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-        temporary.replace(self.config_file)
-
-    def read_config(self) -> Config:
-        if not self.config_file.exists():
-            raise UserError(f"--workdir={self.folder}: no config.json there; `deconstruct train` makes a workdir")
-        return Config.from_dict(json.loads(self.config_file.read_text()))
-
-    def step(self, step: int | None) -> int:
-        """`step`, or the latest that is saved. Raises UserError where there is none."""
-        if step is not None:
-            return step
-        latest = checkpoint.latest_step(self.checkpoints)
-        if latest is None:
-            raise UserError(f"--workdir={self.folder}: no finished checkpoint there yet")
-        return latest
 
 
 def restore_model(
@@ -76,15 +37,15 @@ def restore_model(
     where to put it, default the first device. Keyword arguments change model settings that leave parameters alone
     (dtype, impl, scan, remat). Raises UserError, `CheckpointGoneError` where the step is not (or no longer) there.
     """
-    place = Workdir(workdir)
-    step = place.step(step)
-    saved = Config.from_dict(checkpoint.read_meta(place.checkpoints, step)["config"]).model
+    run_dir = Workdir(workdir)
+    step = run_dir.step(step)
+    saved = Config.from_dict(checkpoint.read_meta(run_dir.checkpoints, step)["config"]).model
     config, kept = skipped(dataclasses.replace(saved, **changes), skip)
     mesh = mesh or single_device_mesh()
     graphdef, params, frozen = abstract_arrays(config, mesh)
     abstract = {"params": to_layers(params, config.plan), "frozen": frozen}
     on_disk = {**abstract, "params": rename_layers(abstract["params"], dict(enumerate(kept)))}
-    arrays = checkpoint.load_model(place.checkpoints, step, on_disk, partial=bool(skip))
+    arrays = checkpoint.load_model(run_dir.checkpoints, step, on_disk, partial=bool(skip))
     by_layer = rename_layers(arrays["params"], {old: new for new, old in enumerate(kept)})
     shardings = jax.tree.map(lambda x: x.sharding, params)
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():

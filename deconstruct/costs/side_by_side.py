@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from deconstruct import accounting, programs
 from deconstruct.attention.variants import find_variant, one_of_each
 from deconstruct.config import ModelConfig
+from deconstruct.costs import accounting, programs
+from deconstruct.costs.paper import PAPER_COSTS, WITHOUT_ROW
 from deconstruct.model.decode import cache_bytes
-from deconstruct.paper_costs import PAPER_COSTS, WITHOUT_ROW
 
 TOLERANCE = 0.05  # a compiled program further than this from its formula is explained
 

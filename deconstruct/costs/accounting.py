@@ -20,10 +20,10 @@ from deconstruct.attention.attention import Attention
 from deconstruct.attention.base import Flops
 from deconstruct.attention.variants import fixed_source
 from deconstruct.config import ModelConfig
+from deconstruct.costs.programs import abstract_block, block_program, kept_bytes, traceable
 from deconstruct.layout import STANDARD
 from deconstruct.model import decode
 from deconstruct.model.language_model import abstract_model
-from deconstruct.programs import abstract_block, block_program, kept_bytes, traceable
 
 # Peak dense bf16 FLOP/s of one device, by what its `device_kind` contains (vendors' data sheets). First match counts.
 PEAK_FLOPS = {

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from deconstruct.data import tokenizer
-from deconstruct.generate import Generator, Request, Settings
+from deconstruct.generation.generator import Generator, Request, Settings
+from deconstruct.generation.sampling import Sampling, filtered, penalise
 from deconstruct.model.language_model import build_model
-from deconstruct.model.sampling import Sampling, filtered, penalise
 from deconstruct.types import UserError
 from tests.tiny import PAPER_NAMES, tiny_config
 

@@ -5,8 +5,8 @@ import gc
 import jax
 import pytest
 
-from deconstruct import accounting
-from deconstruct.describe import as_text, describe
+from deconstruct.costs import accounting
+from deconstruct.costs.describe import as_text, describe
 from deconstruct.model.language_model import build_model
 from tests.tiny import tiny_config
 

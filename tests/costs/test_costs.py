@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deconstruct import accounting, cli, costs, programs
+from deconstruct import cli
 from deconstruct.attention.base import FORMS, Form
 from deconstruct.attention.variants import find_variant
+from deconstruct.costs import accounting, programs, side_by_side
+from deconstruct.costs.paper import PAPER_COSTS
 from deconstruct.kernels import grouped, reference
 from deconstruct.model.decode import Decoder, cache_bytes
 from deconstruct.model.language_model import build_model
-from deconstruct.paper_costs import PAPER_COSTS
 from tests.tiny import MIXER_NAMES, PAPER_NAMES, tiny_config
 
 BATCH, LENGTH = 2, 512
@@ -188,7 +189,7 @@ def test_describe_prints_them_side_by_side(tmp_path, capsys):
     assert cli.main(["describe", "--costs", "--json", "--batch=2", *arguments]) == 0
     found = json.loads(capsys.readouterr().out)["costs"]
     assert [row["variant"] for row in found["layer"]] == [*PAPER_NAMES, "taylor_diagonal"]
-    text = costs.as_text(found)
+    text = side_by_side.as_text(found)
     for row in found["layer"]:
         assert row["cache"]["formula"] == row["cache"]["measured"]
         assert text.count(f"\n{row['variant']} ") >= 4
@@ -196,5 +197,5 @@ def test_describe_prints_them_side_by_side(tmp_path, capsys):
     assert "in the paper the output projection is left out" in text
     for row in found["layer"]:  # as with grouped queries
         row["cache"]["paper"] = None
-    assert "this configuration has fewer" in costs.as_text(found) and "has fewer" not in text
+    assert "this configuration has fewer" in side_by_side.as_text(found) and "has fewer" not in text
     assert "bytes of the fixed stream beside its cache" in text

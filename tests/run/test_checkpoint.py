@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deconstruct import checkpoint
-from deconstruct.checkpoint import CheckpointGoneError, Checkpoints, CheckpointSaveError, finished_steps
+from deconstruct.run import checkpoint
+from deconstruct.run.checkpoint import CheckpointGoneError, Checkpoints, CheckpointSaveError, finished_steps
 from deconstruct.types import UserError
 
 Moments = namedtuple("Moments", "count mean empty")
@@ -28,7 +28,7 @@ COMMON = """
 import sys
 import numpy as np, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from deconstruct import checkpoint
+from deconstruct.run import checkpoint
 
 def arrays(step, megabytes):
     bits = np.random.default_rng(step).integers(0, 2**31, (4, megabytes * 65536), np.int32)

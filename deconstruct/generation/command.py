@@ -1,0 +1,121 @@
+"""`deconstruct generate`: text from a run's checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from deconstruct.data import tokenizer
+from deconstruct.generation.generator import Generator, Request, Settings
+from deconstruct.run.restore import restore_model
+from deconstruct.run.workdir import Workdir
+from deconstruct.types import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the latest)")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT")
+    prompts.add_argument(
+        "--prompts", metavar="FILE", help="one prompt a line; .jsonl: objects with `prompt` or `tokens`"
+    )
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write objects there instead of text to the terminal")
+    defaults = Settings()
+    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=defaults.temperature, metavar="T", help="0: greedy (default)"
+    )
+    parser.add_argument("--top-k", type=int, default=defaults.top_k, metavar="K")
+    parser.add_argument("--top-p", type=float, default=defaults.top_p, metavar="P")
+    parser.add_argument("--min-p", type=float, default=defaults.min_p, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, metavar="R")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the first sample; the next ones count on")
+    parser.add_argument("--samples", type=int, default=defaults.samples, metavar="N", help="texts for each prompt")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, metavar="B")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(arguments, name) for name in names} | {"stop": tuple(arguments.stop)})
+    settings.check()
+    run_dir = Workdir(arguments.workdir)
+    step = run_dir.step(arguments.step)
+    text = tokenizer.load(run_dir.tokenizer)
+    requests = list(_requests(arguments, settings, text))
+    # Unrolled: a layer's cache is then an array of its own, updated in run_dir.
+    generator = Generator(restore_model(run_dir.folder, step, scan=False), text, settings)
+    alone = len(requests) == 1 and not arguments.output
+    if alone:
+        print(requests[0].prompt, end="", flush=True)
+    generator.generate(requests, (lambda _, piece: print(piece, end="", flush=True)) if alone else None)
+    if alone:
+        print()
+    elif arguments.output:
+        _write(arguments.output, requests, step)
+    else:
+        for request in requests:
+            print(f"--- sample {request.sample}, {request.stop}\n{request.prompt}{request.text}", flush=True)
+    return 0
+
+
+def _requests(arguments: argparse.Namespace, settings: Settings, text: tokenizer.Tokenizer) -> Iterator[Request]:
+    for prompt, tokens in _prompts(arguments, text):
+        for sample in range(settings.samples):
+            yield Request(prompt, tokens, settings.seed + sample, sample)
+
+
+def _prompts(arguments: argparse.Namespace, text: tokenizer.Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    if arguments.prompt is not None:
+        if not arguments.prompt:
+            raise UserError("--prompt: the prompt is empty; give at least one character")
+        yield arguments.prompt, text.encode(arguments.prompt)
+        return
+    path = epath.Path(arguments.prompts)
+    if not path.exists():
+        raise UserError(f"--prompts={path}: there is no such file")
+    lines = path.read_text().splitlines()
+    if not lines:
+        raise UserError(f"--prompts={path}: no prompt in it")
+    for number, line in enumerate(lines, 1):
+        entry: Any = {"prompt": line}
+        if path.suffix == ".jsonl":
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
+        tokens = entry.get("tokens") if isinstance(entry, dict) else None
+        prompt = entry.get("prompt") if isinstance(entry, dict) else None
+        if isinstance(tokens, list) and tokens and all(isinstance(token, int) for token in tokens):
+            yield text.decode([token for token in tokens if 0 <= token < text.vocab_size]), tokens
+        elif isinstance(prompt, str) and prompt:
+            yield prompt, text.encode(prompt)
+        else:
+            raise UserError(f"{path}:{number}: the prompt is empty; give text in `prompt`, or ids in `tokens`")
+
+
+def _write(output: str, requests: Sequence[Request], step: int) -> None:
+    path = epath.Path(output)
+    temporary = path.with_name(path.name + ".tmp")
+    records = [
+        {
+            "prompt": request.prompt,
+            "sample": request.sample,
+            "seed": request.seed,
+            "text": request.text,
+            "tokens": request.output,
+            "stop": request.stop,
+            "step": step,
+        }
+        for request in requests
+    ]
+    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    temporary.replace(path)
+    print(f"{len(records)} texts in {path}", file=sys.stderr)

@@ -1,0 +1,41 @@
+"""Files of one JSON object a line, which a crash may tear and a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from etils import epath
+
+
+def read_jsonl(path: epath.Path) -> list[dict[str, Any]]:
+    """The complete lines of a file; none where there is no file. A last line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def append_jsonl(path: epath.Path, record: dict[str, Any]) -> None:
+    """Adds one line, whole, and has it on disk when it returns."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+
+
+def truncate_jsonl(path: epath.Path, last_step: int) -> None:
+    """Drops what was logged after `last_step` (and a torn last line), so that a resumed run continues the file."""
+    if path.exists():
+        _replace(path, [record for record in read_jsonl(path) if record["step"] <= last_step])
+
+
+def drop_torn_line(path: epath.Path) -> None:
+    """Drops a last line that a crash left unfinished, so that the next one does not run into it."""
+    if path.exists() and not path.read_text().endswith("\n"):
+        _replace(path, read_jsonl(path))
+
+
+def _replace(path: epath.Path, records: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.replace(path)
