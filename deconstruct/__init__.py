@@ -10,22 +10,51 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deconstruct.attention.base import Form as Form
-    from deconstruct.attention.base import Mixer as Mixer
-    from deconstruct.attention.base import register_form as register_form
-    from deconstruct.attention.base import register_mixer as register_mixer
-    from deconstruct.config import load_config as load_config
+    from deconstruct.attention.attention import Attention as Attention
+    from deconstruct.attention.form import Flops as Flops
+    from deconstruct.attention.form import Form as Form
+    from deconstruct.attention.form import Kernel as Kernel
+    from deconstruct.attention.form import Shape as Shape
+    from deconstruct.attention.mixer import Context as Context
+    from deconstruct.attention.mixer import Mixer as Mixer
+    from deconstruct.attention.registry import register_form as register_form
+    from deconstruct.attention.registry import register_mixer as register_mixer
+    from deconstruct.attention.registry import register_source as register_source
+    from deconstruct.attention.source import FixedSource as FixedSource
+    from deconstruct.attention.source import Source as Source
+    from deconstruct.experiment import load_config as load_config
+    from deconstruct.kernels.mask import Mask as Mask
+    from deconstruct.layers import Linear as Linear
+    from deconstruct.layers import constant_param as constant_param
+    from deconstruct.layers import normal_param as normal_param
     from deconstruct.model.language_model import build_model as build_model
     from deconstruct.run.restore import restore_model as restore_model
+    from deconstruct.types import Streams as Streams
+    from deconstruct.types import UserError as UserError
 
 _HOMES = {
-    "load_config": "deconstruct.config",
+    "load_config": "deconstruct.experiment",
     "build_model": "deconstruct.model.language_model",
     "restore_model": "deconstruct.run.restore",
-    "register_form": "deconstruct.attention.base",
-    "register_mixer": "deconstruct.attention.base",
-    "Form": "deconstruct.attention.base",
-    "Mixer": "deconstruct.attention.base",
+    # What forms, mixers and sources of one's own are built on.
+    "register_form": "deconstruct.attention.registry",
+    "register_mixer": "deconstruct.attention.registry",
+    "register_source": "deconstruct.attention.registry",
+    "Form": "deconstruct.attention.form",
+    "Kernel": "deconstruct.attention.form",
+    "Flops": "deconstruct.attention.form",
+    "Shape": "deconstruct.attention.form",
+    "Mask": "deconstruct.kernels.mask",
+    "Mixer": "deconstruct.attention.mixer",
+    "Attention": "deconstruct.attention.attention",
+    "Context": "deconstruct.attention.mixer",
+    "Source": "deconstruct.attention.source",
+    "FixedSource": "deconstruct.attention.source",
+    "Linear": "deconstruct.layers",
+    "normal_param": "deconstruct.layers",
+    "constant_param": "deconstruct.layers",
+    "Streams": "deconstruct.types",
+    "UserError": "deconstruct.types",
 }
 __all__ = list(_HOMES)
 

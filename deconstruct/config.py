@@ -1,8 +1,8 @@
 """The configuration: every key with its type, default and meaning, and the checks that precede a run.
 
-A config file is Python with `get_config(argument: str | None) -> ml_collections.ConfigDict`. It starts from
-`default_config()` and changes what it wants; `--config.key=value` on the command line changes it again. `resolve`
-then checks the whole against the dataclasses below and returns them frozen: what the rest of the house reads.
+A config file starts from `default_config()` and changes what it wants. `complete` checks the whole against the
+dataclasses below and returns them frozen: what the rest of the house reads. Files, the command line, and what names
+mean are the job of `experiment`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
-import sys
-import traceback
 import typing
-from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from deconstruct import layout as layouts
 from deconstruct import plan as plans
@@ -55,12 +50,17 @@ class ModelConfig:
     fixed_std: float = 0.02  # of the fixed random stream (fixed_random)
     fixed_length: int = 0  # length of the fixed stream, the longest context it serves; 0: sequence_length
     fixed_text: str = ""  # a text file for fixed_text; "": the first tokens of the training rows
+    end_of_text: int = -1  # the id that ends a document; -1: that of the tokenizer of `data`
+    match_parameters: bool = True  # a block's MLP takes up what its mixer has more or less than standard attention
     dtype: str = "bfloat16"  # of activations and matmul inputs; parameters, norms, softmax and loss are float32
-    impl: str = "auto"  # of attention, in every layer: auto | reference | xla | cudnn
+    impl: str = "auto"  # the program of attention, in every layer: auto | reference | xla | cudnn
     scan: bool = True  # fold repeating layers into lax.scan; off: every layer is compiled by itself
     remat: bool = True  # recompute each layer in the backward pass instead of keeping its activations
-    # Derived from variant, layout and sequence_length; not keys of a config file.
-    layers: tuple[str | None, ...] = dataclasses.field(default=(), metadata={"derived": True})
+    # Derived from variant, layout and document_mask, or set when a model is restored; not keys of a config file.
+    layers: tuple[str, ...] = dataclasses.field(default=(), metadata={"derived": True})
+    document_mask: bool = dataclasses.field(default=False, metadata={"derived": True})
+    # Whether layers that are not standard have lost their mixers (`restore_model(skip="mixer")`).
+    without_mixers: bool = dataclasses.field(default=False, metadata={"derived": True})
 
     @property
     def kv_heads(self) -> int:
@@ -101,7 +101,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run. `load_config` makes one from a config file."""
+    """A run. `experiment.load_config` makes one from a config file."""
 
     variant: str = "standard"  # a name of the paper, or source/form such as static_embedding/taylor
     layout: str = "uniform"  # uniform, even, odd, top, middle, bottom, quarter, first, last, bilateral, or a list
@@ -114,10 +114,15 @@ class Config:
     checkpoint_every: int = 1000  # steps; the last step is always saved
     log_every: int = 10  # steps
     accumulation: int = 1  # microbatches per update; divides batch_size
+    document_mask: bool = False  # no position sees across an end of text
+    border_loss: bool = True  # the first token of a document counts in the loss, though nothing before it foretells it
+    extensions: str = ""  # Python files that register forms, mixers or sources, separated by commas
     mesh: MeshConfig = MeshConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    # The files outside the package that define its layers, each NAME:SHA256; not a key of a config file.
+    code: tuple[str, ...] = dataclasses.field(default=(), metadata={"derived": True})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -136,46 +141,11 @@ def default_config() -> ConfigDict:
     return ConfigDict(_settable(Config()))
 
 
-def load_config(spec: str, *, arguments: Sequence[str] = (), **overrides: Any) -> Config:
-    """Reads `FILE.py[:argument]`, applies overrides, checks and resolves.
+def complete(config: ConfigDict) -> Config:
+    """Checks a ConfigDict against the schema and fills in what is derived. Raises UserError.
 
-    `arguments` are command-line words, `--config.model.dtype=float32`; keyword arguments do the same in a notebook:
-    `load_config(spec, steps=10, **{"model.dtype": "float32"})`. Raises UserError on whatever is wrong.
+    What names of variants mean is not known on this floor: `experiment.resolve` goes on from here.
     """
-    words = [*arguments, *(f"--config.{key}={value}" for key, value in overrides.items())]
-    path = spec.partition(":")[0]
-    if not epath.Path(path).exists() or epath.Path(path).is_dir():
-        raise UserError(f"--config={spec}: there is no file {path}")
-    _check_overrides(words)
-    command = ["deconstruct", f"--config={spec}", *words]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
-    # ml_collections loads every file into this one module, where what an earlier file defined would still stand.
-    sys.modules.pop("config_config", None)
-    try:
-        values(command)
-        loaded = values.config
-    except Exception as error:  # a config file is a program: it may fail in any way
-        raise UserError(f"--config={spec}: {_what_failed(path, error)}") from error
-    if not isinstance(loaded, ConfigDict):
-        raise UserError(f"--config={spec}: get_config returned {loaded!r}; expected a ConfigDict")
-    return resolve(loaded)
-
-
-def _what_failed(path: str, error: Exception) -> str:
-    """One line: what a config file said of its argument, or what went wrong in it and on which line."""
-    # ml_collections puts a whole traceback of the config file into some of its messages.
-    trace = "".join(traceback.format_exception(error))
-    message = trace.strip().splitlines()[-1]
-    kind, _, said = message.partition(": ")
-    if said and kind in ("ValueError", f"{UserError.__module__}.{UserError.__name__}"):
-        return said
-    numbers = re.findall(rf'File "{re.escape(path)}", line (\d+)', trace)
-    return f"{message} (line {numbers[-1]})" if numbers else message
-
-
-def resolve(config: ConfigDict) -> Config:
-    """Checks a ConfigDict against the schema and fills in what is derived. Raises UserError."""
     resolved = _from_dict(Config, config.to_dict(), derived=False)
     model = resolved.model
     _check_values(resolved)
@@ -183,7 +153,9 @@ def resolve(config: ConfigDict) -> Config:
         model,
         layers=layouts.layer_variants(resolved.layout, resolved.variant, model.num_layers),
         fixed_length=model.fixed_length or resolved.sequence_length,
-        vocab_size=model.vocab_size or _tokenizer_vocabulary(resolved.data) or PYTHIA_VOCABULARY,
+        vocab_size=model.vocab_size or _of_tokenizer(resolved.data, "vocab_size") or PYTHIA_VOCABULARY,
+        document_mask=resolved.document_mask,
+        end_of_text=_end_of_text(resolved),
     )
     return resolved.replace(model=model)
 
@@ -208,7 +180,7 @@ def known_keys(cls: type = Config, prefix: str = "") -> dict[str, type]:
     return keys
 
 
-def _unknown_key(key: str) -> UserError:
+def unknown_key(key: str) -> UserError:
     known = list(known_keys())
     last = key.rpartition(".")[2]
     # A key is often right but for its group.
@@ -218,29 +190,7 @@ def _unknown_key(key: str) -> UserError:
     return UserError(f"config.{key} is unknown{advice}")
 
 
-def _check_overrides(words: Sequence[str]) -> None:
-    known = known_keys()
-    for word in words:
-        key, equals, text = word.removeprefix("--config.").partition("=")
-        if not word.startswith("--config.") or not equals:
-            raise UserError(f"{word}: expected --config.key=value")
-        if key not in known:
-            raise _unknown_key(key)
-        try:
-            _PARSERS[known[key]](text)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"config.{key}={text}: expected {_describe(known[key])}") from error
-
-
-_PARSERS: dict[type, Any] = {
-    int: int,
-    float: float,
-    str: str,
-    bool: {"true": True, "True": True, "1": True, "false": False, "False": False, "0": False}.__getitem__,
-}
-
-
-def _describe(expected: type) -> str:
+def describe_type(expected: type) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[expected]
 
 
@@ -251,14 +201,14 @@ def _from_dict(cls: type, values: dict[str, Any], prefix: str = "", *, derived: 
     arguments = {}
     for name, value in values.items():
         if name not in fields or (fields[name].metadata.get("derived") and not derived):
-            raise _unknown_key(prefix + name)
+            raise unknown_key(prefix + name)
         default = fields[name].default
         if dataclasses.is_dataclass(default):
             if not isinstance(value, dict):
                 raise UserError(f"config.{prefix}{name}={value!r}: expected a group of keys")
             arguments[name] = _from_dict(type(default), value, f"{prefix}{name}.", derived=derived)
         elif fields[name].metadata.get("derived"):
-            arguments[name] = tuple(value)
+            arguments[name] = tuple(value) if isinstance(value, list | tuple) else value
         else:
             arguments[name] = _typed(prefix + name, value, hints[name])
     return cls(**arguments)
@@ -269,13 +219,27 @@ def _typed(key: str, value: Any, expected: type) -> Any:
         return float(value)
     if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
         return value
-    raise UserError(f"config.{key}={value!r}: expected {_describe(expected)}")
+    raise UserError(f"config.{key}={value!r}: expected {describe_type(expected)}")
 
 
-def _tokenizer_vocabulary(data: str) -> int:
-    """Pieces of the tokenizer in a prepared folder; 0 where there is none yet."""
+def _of_tokenizer(data: str, entry: str) -> int | None:
+    """An entry of the manifest about the tokenizer in a prepared folder; None where there is none yet."""
     manifest = epath.Path(data) / "manifest.json"
-    return json.loads(manifest.read_text())["tokenizer"]["vocab_size"] if data and manifest.exists() else 0
+    return json.loads(manifest.read_text())["tokenizer"][entry] if data and manifest.exists() else None
+
+
+def _end_of_text(config: Config) -> int:
+    given = config.model.end_of_text
+    found = _of_tokenizer(config.data, "end_of_text") if given < 0 else given
+    if found is None:
+        for key in ("document_mask", "border_loss"):
+            if getattr(config, key) != getattr(Config(), key):
+                raise UserError(
+                    f"config.{key}={str(getattr(config, key)).lower()}: needs the id that ends a document, and "
+                    f"config.data={config.data!r} is not prepared; prepare it, or set config.model.end_of_text"
+                )
+        return -1
+    return found
 
 
 def _check_values(config: Config) -> None:
@@ -289,6 +253,7 @@ def _check_values(config: Config) -> None:
         require(getattr(config, key) >= 1, key, getattr(config, key), "must be at least 1")
     for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
         require(getattr(model, key) >= 1, f"model.{key}", getattr(model, key), "must be at least 1")
+    require(model.end_of_text >= -1, "model.end_of_text", model.end_of_text, "expected an id, or -1: the tokenizer's")
     for key in ("num_kv_heads", "vocab_size", "fixed_length", "init_std", "fixed_std"):
         require(getattr(model, key) >= 0, f"model.{key}", getattr(model, key), "must not be negative")
     require(config.variant != "", "variant", "", "expected a name, such as standard")

@@ -20,12 +20,18 @@ class Frozen(nnx.Variable[Any]):
     """A constant of the model: saved with it, never trained, not counted among its parameters."""
 
 
-def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+def normal_param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, *, decay: bool = True
+) -> nnx.Param:
+    """Drawn from N(0, std^2). `decay`: whether weight decay pulls on it."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, decay=decay)
 
 
-def constant_param(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+def constant_param(
+    value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], *, decay: bool = False
+) -> nnx.Param:
+    """The same value everywhere at first, as norms and biases have it: weight decay leaves it alone unless asked."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decay=decay)
 
 
 class Linear(nnx.Module):

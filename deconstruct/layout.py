@@ -6,6 +6,7 @@ A layout is a tuple of variant names, one per layer. The named ones are those of
 
 from __future__ import annotations
 
+from deconstruct.spelling import split_list
 from deconstruct.types import UserError
 
 STANDARD = "standard"
@@ -35,12 +36,12 @@ def layer_variants(layout: str, variant: str, count: int) -> tuple[str, ...]:
     """The variant of each of `count` layers.
 
     `layout` is one of `LAYOUTS`, or a comma-separated list: of layer ids from 1 that stay standard ("1,5,9"), or
-    of `count` variant names ("standard,mlp,..."; then `variant` is not used). Raises UserError.
+    of `count` variant names ("standard,hidden/window(size=64),..."; then `variant` is not used). Raises UserError.
     """
     if layout in LAYOUTS:
         stays = LAYOUTS[layout]
         return tuple(STANDARD if stays(i, count) else variant for i in range(1, count + 1))
-    entries = [entry.strip() for entry in layout.split(",") if entry.strip()]
+    entries = split_list(layout)
     if entries and all(entry.isdigit() for entry in entries):
         ids = [int(entry) for entry in entries]
         for i in ids:
@@ -59,6 +60,6 @@ def layer_variants(layout: str, variant: str, count: int) -> tuple[str, ...]:
     )
 
 
-def replaced_layers(layers: tuple[str | None, ...]) -> tuple[int, ...]:
+def replaced_layers(layers: tuple[str, ...]) -> tuple[int, ...]:
     """The layers (indices from 0) that are not standard: those that `skip` removes."""
     return tuple(i for i, name in enumerate(layers) if name != STANDARD)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 class Segment(NamedTuple):
     """`repeats` times the same `unit` of layers, one traced block per layer of the unit."""
 
-    unit: tuple[str | None, ...]
+    unit: tuple[str, ...]
     repeats: int
 
     def __len__(self) -> int:  # layers covered
@@ -19,12 +19,12 @@ class Segment(NamedTuple):
 Plan = tuple[Segment, ...]
 
 
-def unrolled(layers: tuple[str | None, ...]) -> Plan:
+def unrolled(layers: tuple[str, ...]) -> Plan:
     """The plan that folds nothing: every layer is traced by itself."""
     return (Segment(tuple(layers), 1),) if layers else ()
 
 
-def plan(layers: tuple[str | None, ...]) -> Plan:
+def plan(layers: tuple[str, ...]) -> Plan:
     """Folds a layout into the segments that trace the fewest blocks, and among those the fewest segments.
 
     Compile time then depends on how many unlike layers a unit holds, not on depth. A dynamic program over
@@ -34,7 +34,7 @@ def plan(layers: tuple[str | None, ...]) -> Plan:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(layers: tuple[str | None, ...]) -> Plan:
+def _plan(layers: tuple[str, ...]) -> Plan:
     count = len(layers)
     # best[i] = (traced blocks, segments) and the plan of the first i layers.
     best: list[tuple[tuple[int, int], Plan]] = [((0, 0), ())]

@@ -15,13 +15,15 @@ PACKAGE = Path(deconstruct.__file__).parent
 # From the ground up. A name is a file or a folder of the package; what stands on one floor does not know each other.
 FLOORS = [
     {"types"},
-    {"layout", "plan"},
+    {"spelling", "plan", "lock"},
+    {"layout"},
     {"config"},
     {"distributed"},
     {"layers"},
     {"kernels", "data"},
     {"attention"},
     {"model"},
+    {"experiment"},
     {"run", "costs"},
     {"train", "evaluate", "interop", "generation"},
     {"bench"},

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deconstruct.attention.base import Context, Flops, Mixer, register_mixer
+from deconstruct.attention.form import Flops
+from deconstruct.attention.mixer import Context, Mixer
+from deconstruct.attention.registry import register_mixer
 from deconstruct.config import ModelConfig
 from deconstruct.layers import SwiGLU
 from deconstruct.types import Streams
@@ -32,6 +34,7 @@ def matched_width(config: ModelConfig) -> int:
 class GatedMLP(Mixer):
     name = "mlp"
     relaxes = ("token mixing",)
+    documents = True  # it sees none but its own position
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.size, self.width = config.hidden_size, matched_width(config)

@@ -8,7 +8,7 @@
 | fixed_text       | a second stream: one fixed text's embeddings   | sequence dependency |
 
 A second stream runs through the same blocks as the hidden states do. Values always come from the hidden states.
- Source: arXiv:2510.11602, section 3.
+Source: arXiv:2510.11602, section 3.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from deconstruct.attention.registry import register_source
 from deconstruct.config import ModelConfig
 from deconstruct.types import Streams
 
@@ -36,6 +37,7 @@ class Source:
         raise NotImplementedError
 
 
+@register_source
 class Hidden(Source):
     name = "hidden"
 
@@ -44,6 +46,7 @@ class Hidden(Source):
         return streams
 
 
+@register_source
 class StaticEmbedding(Source):
     name = "static_embedding"
     relaxes = ("current QK",)
@@ -75,6 +78,7 @@ class FixedSource(Source):
         raise NotImplementedError
 
 
+@register_source
 class FixedRandom(FixedSource):
     name = "fixed_random"
 
@@ -87,6 +91,7 @@ class FixedRandom(FixedSource):
         return constant[None, :length].astype(dtype)
 
 
+@register_source
 class FixedText(FixedSource):
     """Starts from the model's own embedding table, so gradients flow into it.
 
@@ -102,6 +107,3 @@ class FixedText(FixedSource):
     @staticmethod
     def start(constant: jax.Array, length: int, embed: Callable[[jax.Array], jax.Array], dtype: str) -> jax.Array:
         return embed(constant[None, :length])
-
-
-SOURCES: dict[str, type[Source]] = {source.name: source for source in (Hidden, StaticEmbedding, FixedRandom, FixedText)}

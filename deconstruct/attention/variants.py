@@ -1,31 +1,24 @@
-"""The paper's names, and what a layer of any name is made of."""
+"""What a layer of any name is made of: `source/form(option=value)`, a form, a mixer, or a name of the paper."""
 
 from __future__ import annotations
 
-import difflib
-from typing import NamedTuple
+import inspect
+import typing
+from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 
 # Forms and mixers register themselves when their file is imported: one line each.
 from deconstruct.attention import gated_mlp  # noqa: F401
 from deconstruct.attention.attention import Attention
-from deconstruct.attention.base import FORMS, MIXERS, Form, Mixer
+from deconstruct.attention.form import Form
 from deconstruct.attention.forms import self_gate, softmax, taylor, taylor_diagonal  # noqa: F401
-from deconstruct.attention.source import SOURCES, Source
+from deconstruct.attention.mixer import Mixer
+from deconstruct.attention.registry import FORMS, MIXERS, SOURCES, VARIANTS
+from deconstruct.attention.source import Source
 from deconstruct.config import ModelConfig
+from deconstruct.spelling import nearest, parse_call
 from deconstruct.types import UserError
-
-# The seven variants of arXiv:2510.11602. mlp is a mixer of its own.
-VARIANTS = {
-    "standard": "hidden/softmax",
-    "approximate": "hidden/taylor",
-    "non_approximate": "hidden/self_gate",
-    "rnd_emb_qk": "fixed_random/softmax",
-    "fixed_seq_qk": "fixed_text/softmax",
-    "static_emb_qk": "static_embedding/softmax",
-    "mlp": "mlp",
-}
 
 
 def one_of_each() -> list[str]:
@@ -35,49 +28,112 @@ def one_of_each() -> list[str]:
 
 
 class Variant(NamedTuple):
-    """What a name stands for: a source and a form, or a mixer of its own."""
+    """What a name stands for: a source and a form, or a mixer of its own; and the options spelled with it."""
 
     source: type[Source] | None
     form: type[Form] | None
     mixer: type[Mixer] | None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def classes(self) -> tuple[type, ...]:
+        return tuple(cls for cls in (self.source, self.form, self.mixer) if cls is not None)
 
 
 def find_variant(name: str) -> Variant:
-    """Looks up a paper's name, `source/form`, a form's name (over hidden states) or a mixer's. Raises UserError."""
-    spelled = VARIANTS.get(name, name)
+    """Looks up a paper's name, `source/form`, a form's name (over hidden states) or a mixer's, each perhaps with
+    options. Raises UserError."""
+    called, options = parse_call(name)
+    spelled = VARIANTS.get(called, called)
     if spelled in MIXERS:
-        return Variant(None, None, MIXERS[spelled])
+        mixer = MIXERS[spelled]
+        return Variant(None, None, mixer, _typed_options(name, mixer, options))
     source, slash, form = spelled.rpartition("/")
     source = source if slash else "hidden"
     if source in SOURCES and form in FORMS:
-        return Variant(SOURCES[source], FORMS[form], None)
+        return Variant(SOURCES[source], FORMS[form], None, _typed_options(name, FORMS[form], options))
     known = [*VARIANTS, *(mixer for mixer in MIXERS if mixer not in VARIANTS)]
     pairs = [f"{s}/{f}" for s in SOURCES for f in FORMS]
-    near = difflib.get_close_matches(name, known + pairs, n=1, cutoff=0.6)
-    advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}, or source/form"
+    near = nearest(called, [*known, *FORMS, *pairs])
+    advice = f"did you mean {near}?" if near else f"expected one of {', '.join(known)}, or source/form"
     raise UserError(f"variant {name!r} is unknown; {advice} (sources: {', '.join(SOURCES)}; forms: {', '.join(FORMS)})")
 
 
+def options_of(cls: type) -> dict[str, tuple[Any, Any]]:
+    """The options of a form or mixer: its keyword arguments, each with its type and default."""
+    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    keywords = [p for p in parameters if p.kind == inspect.Parameter.KEYWORD_ONLY]
+    return {p.name: (hints.get(p.name, type(p.default)), p.default) for p in keywords}
+
+
+def _typed_options(name: str, cls: type, given: dict[str, str]) -> tuple[tuple[str, Any], ...]:
+    known = options_of(cls) if given else {}
+    typed = []
+    for key, text in given.items():
+        if key not in known:
+            near = nearest(key, known, cutoff=0.5)
+            offers = f"its options are {', '.join(known)}" if known else f"{cls.name} has no options"  # type: ignore[attr-defined]
+            raise UserError(
+                f"variant {name!r}: the option {key} is unknown; {f'did you mean {near}?' if near else offers}"
+            )
+        try:
+            typed.append((key, _parse(known[key][0], text)))
+        except ValueError:
+            raise UserError(f"variant {name!r}: {key}={text}: expected {_describe(known[key][0])}") from None
+    return tuple(sorted(typed))
+
+
+def _parse(expected: Any, text: str) -> Any:
+    """Raises ValueError for a text that is not of the type."""
+    if typing.get_origin(expected) is Literal:
+        values = {str(value): value for value in typing.get_args(expected)}
+        if text not in values:
+            raise ValueError(text)
+        return values[text]
+    if expected is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return expected(text)
+
+
+def _describe(expected: Any) -> str:
+    if typing.get_origin(expected) is Literal:
+        return " or ".join(str(value) for value in typing.get_args(expected))
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(expected, str(expected))
+
+
 def make_mixer(name: str, config: ModelConfig, rngs: nnx.Rngs) -> Mixer:
-    variant = find_variant(name)
-    if variant.mixer is not None:
-        return variant.mixer(config, rngs)
-    assert variant.source is not None and variant.form is not None
-    return Attention(config, variant.source, variant.form, rngs)
+    """The mixer of a layer. Raises UserError where the name, an option, or a setting of the model does not suit it."""
+    source, form, mixer, options = find_variant(name)
+    try:
+        if mixer is None:
+            assert source is not None and form is not None
+            return Attention(config, source, form, rngs, dict(options))
+        made = mixer(config, rngs, **dict(options))
+    except UserError as error:
+        raise UserError(f"variant {name!r}: {error}") if options and "config." not in str(error) else error from None
+    if config.document_mask and not made.documents:
+        raise UserError(
+            f"config.document_mask=true: mixer '{made.name}' does not keep to the borders of documents; take another, "
+            "or leave the mask off"
+        )
+    return made
 
 
-def fixed_source(layers: tuple[str | None, ...]) -> str | None:
+def fixed_source(layers: tuple[str, ...]) -> str | None:
     """The fixed source that the layers of a model read, by name; None where none does.
 
     A model has one second stream: raises UserError where two are asked for.
     """
     found: dict[str, str] = {}
     for name in layers:
-        variant = find_variant(name) if name else Variant(None, None, None)
+        variant = find_variant(name)
         if variant.source is not None and variant.source.fixed:
-            found.setdefault(variant.source.name, str(name))
+            found.setdefault(variant.source.name, name)
         elif variant.mixer is not None and variant.mixer.fixed_source:
-            found.setdefault(variant.mixer.fixed_source, str(name))
+            found.setdefault(variant.mixer.fixed_source, name)
     if len(found) > 1:
         raise UserError(
             f"the layout reads two fixed streams, {' and '.join(f'{s} ({n})' for s, n in found.items())}; "
@@ -86,9 +142,9 @@ def fixed_source(layers: tuple[str | None, ...]) -> str | None:
     return next(iter(found), None)
 
 
-def reads_static(layers: tuple[str | None, ...]) -> bool:
+def reads_static(layers: tuple[str, ...]) -> bool:
     """Whether any layer reads the token embeddings."""
-    for name in filter(None, layers):
+    for name in layers:
         variant = find_variant(name)
         if (variant.source is not None and variant.source.static) or (variant.mixer and variant.mixer.reads_static):
             return True

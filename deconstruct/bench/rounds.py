@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from deconstruct.config import Config, default_config, resolve
+from deconstruct.config import Config, default_config
+from deconstruct.experiment import resolve
 from deconstruct.types import UserError
 
 Round = Callable[[], float]  # seconds of one round

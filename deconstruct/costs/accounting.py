@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deconstruct.attention.attention import Attention
-from deconstruct.attention.base import Flops
+from deconstruct.attention.form import Flops
+from deconstruct.attention.parameters import mixer_parameters, mlp_width
 from deconstruct.attention.variants import fixed_source
 from deconstruct.config import ModelConfig
 from deconstruct.costs.programs import abstract_block, block_program, kept_bytes, traceable
@@ -50,27 +51,30 @@ def count(state: Any) -> int:
 
 
 def parameters(config: ModelConfig) -> dict[str, Any]:
-    """Trained parameters: total, embedding (with an untied head), and the mixer of each layer. Padded ids count."""
+    """Trained parameters: total, embedding (with an untied head), and the mixer and MLP of each layer. Padded ids
+    count."""
     model = abstract_model(config)
-    mixers = [_count_mixer(config, name) for name in config.layers]
     head = 0 if model.head is None else math.prod(model.head.shape)
-    return {"total": count(model), "embedding": count(model.embed) + head, "mixer_per_layer": mixers}
+    return {
+        "total": count(model),
+        "embedding": count(model.embed) + head,
+        "mixer_per_layer": [mixer_parameters(config, name) for name in config.layers],
+        "mlp_per_layer": [3 * config.hidden_size * mlp_width(config, name) for name in config.layers],
+    }
 
 
-def _count_mixer(config: ModelConfig, name: str | None) -> int:
-    mixer = abstract_block(config, name).mixer
-    return 0 if mixer is None else count(mixer)
+def differences_from_standard(config: ModelConfig) -> list[int]:
+    """Of each layer: parameters more (or fewer) than a layer with standard attention has, mixer and MLP together."""
 
+    def of_layer(name: str) -> int:
+        return mixer_parameters(config, name) + 3 * config.hidden_size * mlp_width(config, name)
 
-def standard_mixer_parameters(config: ModelConfig) -> int:
-    """Parameters of one standard attention block of this model."""
-    return _count_mixer(config, STANDARD)
+    return [of_layer(name) - of_layer(STANDARD) for name in config.layers]
 
 
 def difference_from_standard(config: ModelConfig) -> int:
     """Parameters more (or fewer) than the same model with standard attention in every layer."""
-    standard = standard_mixer_parameters(config)
-    return sum(_count_mixer(config, name) - standard for name in config.layers)
+    return sum(differences_from_standard(config))
 
 
 def forward_flops(config: ModelConfig, batch: int, length: int) -> Flops:
@@ -120,9 +124,9 @@ def activation_bytes(config: ModelConfig, batch: int, length: int) -> int:
 def layer_forward_flops(config: ModelConfig, batch: int, length: int) -> list[Flops]:
     """Of each layer, mixer and MLP, over `batch` sequences and the fixed stream as far as it is needed."""
 
-    def layer(name: str | None, x_passes: bool) -> Flops:
+    def layer(name: str, x_passes: bool) -> Flops:
         sequences = batch + x_passes
-        flops = Flops.exactly(6.0 * sequences * length * config.hidden_size * config.intermediate_size)
+        flops = _mlp_flops(config, name, sequences * length)
         mixer = abstract_block(config, name).mixer
         if mixer is not None:
             flops += mixer.flops(batch, length)
@@ -131,6 +135,10 @@ def layer_forward_flops(config: ModelConfig, batch: int, length: int) -> list[Fl
         return flops
 
     return _by_layer(config, layer)
+
+
+def _mlp_flops(config: ModelConfig, name: str, tokens: int) -> Flops:
+    return Flops.exactly(6.0 * tokens * config.hidden_size * mlp_width(config, name))
 
 
 def _fixed_stream_flops(mixer: Any, length: int) -> Flops:
@@ -144,9 +152,9 @@ def _fixed_stream_flops(mixer: Any, length: int) -> Flops:
 def layer_decode_flops(config: ModelConfig, batch: int, length: int) -> list[Flops]:
     """Of each layer, for one more token of each sequence."""
 
-    def layer(name: str | None, _: bool) -> Flops:
+    def layer(name: str, _: bool) -> Flops:
         mixer = abstract_block(config, name).mixer
-        flops = Flops.exactly(6.0 * batch * config.hidden_size * config.intermediate_size)
+        flops = _mlp_flops(config, name, batch)
         return flops if mixer is None else flops + mixer.decode_flops(batch, length)
 
     return _by_layer(config, layer)
@@ -155,7 +163,7 @@ def layer_decode_flops(config: ModelConfig, batch: int, length: int) -> list[Flo
 def layer_cache_bytes(config: ModelConfig, batch: int, length: int) -> list[int]:
     """Of each layer, from the shapes of its mixer's own cache."""
 
-    def layer(name: str | None, _: bool) -> int:
+    def layer(name: str, _: bool) -> int:
         mixer = abstract_block(config, name).mixer
         if mixer is None:
             return 0
@@ -174,7 +182,7 @@ def layer_activation_bytes(config: ModelConfig, batch: int, length: int) -> list
 T = TypeVar("T")
 
 
-def _by_layer(config: ModelConfig, of: Callable[[str | None, bool], T]) -> list[T]:
+def _by_layer(config: ModelConfig, of: Callable[[str, bool], T]) -> list[T]:
     """`of` (variant, whether the fixed stream passes through the whole layer), asked once for like layers."""
     last = _last_reader(config)
     like = functools.cache(of)

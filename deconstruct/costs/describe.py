@@ -7,9 +7,12 @@ import json
 import logging
 from typing import Any
 
-from deconstruct.config import Config, load_config
+from deconstruct.attention import form
+from deconstruct.attention.parameters import mixer_parameters
+from deconstruct.config import Config
 from deconstruct.costs import accounting, side_by_side
-from deconstruct.kernels import dispatch
+from deconstruct.experiment import load_config
+from deconstruct.layout import STANDARD
 from deconstruct.types import UserError
 
 
@@ -31,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--batch={arguments.batch}: must be at least 1")
     config = load_config(arguments.config, arguments=arguments.overrides)
     # Nothing is computed here: which program would do it is no news.
-    logging.getLogger(dispatch.__name__).setLevel(logging.WARNING)
+    logging.getLogger(form.__name__).setLevel(logging.WARNING)
     description = describe(config, arguments.batch)
     if arguments.costs:
         description["costs"] = side_by_side.costs(config.model, arguments.batch, config.sequence_length)
@@ -61,8 +64,9 @@ def describe(config: Config, batch: int = 1) -> dict[str, Any]:
             "activation_bytes": accounting.layer_activation_bytes(model, batch, length),
         },
         "mixer_difference_per_layer": [
-            count - standard for count, standard in zip(parameters["mixer_per_layer"], _standard(config), strict=True)
+            count - mixer_parameters(model, STANDARD) for count in parameters["mixer_per_layer"]
         ],
+        "difference_per_layer": accounting.differences_from_standard(model),
         "flops": {
             "batch": batch,
             "sequence_length": length,
@@ -80,10 +84,6 @@ def describe(config: Config, batch: int = 1) -> dict[str, Any]:
     }
 
 
-def _standard(config: Config) -> list[int]:
-    return [accounting.standard_mixer_parameters(config.model)] * len(config.model.layers)
-
-
 def as_text(description: dict[str, Any]) -> str:
     parameters, flops = description["parameters"], description["flops"]
     plan = " + ".join(f"{segment['repeats']} x ({', '.join(segment['unit'])})" for segment in description["plan"])
@@ -99,7 +99,7 @@ def as_text(description: dict[str, Any]) -> str:
         f"activations {description['activation_bytes']:,} bytes kept for the backward pass",
         f"a step      {description['tokens_per_step']:,} tokens",
         "",
-        f"{'layer  variant':<28}{'mixer parameters':>17}{'to standard':>12}"
+        f"{'layer  variant':<28}{'mixer parameters':>17}{'to standard':>12}{'with MLP':>10}"
         f"{'forward FLOPs':>14}{'one token':>11}{'cache bytes':>13}{'kept bytes':>13}",
     ]
     layer = description["per_layer"]
@@ -107,6 +107,7 @@ def as_text(description: dict[str, Any]) -> str:
         description["layers"],
         parameters["mixer_per_layer"],
         description["mixer_difference_per_layer"],
+        description["difference_per_layer"],
         layer["forward_flops"],
         layer["decode_flops"],
         layer["cache_bytes"],
@@ -114,7 +115,8 @@ def as_text(description: dict[str, Any]) -> str:
         strict=True,
     )
     lines += [
-        f"{i:>5}  {name:<21}{count:>17,}{difference:>+12,}{forward:>14.4g}{token:>11.4g}{cache:>13,}{kept:>13,}"
-        for i, (name, count, difference, forward, token, cache, kept) in enumerate(rows, 1)
+        f"{i:>5}  {name:<21}{count:>17,}{difference:>+12,}{matched:>+10,}"
+        f"{forward:>14.4g}{token:>11.4g}{cache:>13,}{kept:>13,}"
+        for i, (name, count, difference, matched, forward, token, cache, kept) in enumerate(rows, 1)
     ]
     return "\n".join(lines)

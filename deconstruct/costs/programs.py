@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
 
-from deconstruct.attention.base import Context
+from deconstruct.attention.mixer import Context
 from deconstruct.attention.variants import fixed_source, reads_static
 from deconstruct.config import ModelConfig
 from deconstruct.kernels.cross_entropy import cross_entropy
@@ -125,7 +125,7 @@ def _constants(config: ModelConfig, name: str, batch: int, length: int) -> Any:
     return jax.eval_shape(constants, parameters, streams, context)
 
 
-def block_program(config: ModelConfig, name: str | None, batch: int, length: int, with_x: bool = False) -> Program:
+def block_program(config: ModelConfig, name: str, batch: int, length: int, with_x: bool = False) -> Program:
     """A whole layer as it is trained, residual streams in and out. `with_x`: the fixed stream passes through it, too;
     otherwise it comes in only where it is read, and does not go on."""
     block = abstract_block(config, name)
@@ -189,7 +189,7 @@ def traceable(config: ModelConfig) -> ModelConfig:
     return config if config.impl == "reference" else dataclasses.replace(config, impl="auto")
 
 
-def abstract_block(config: ModelConfig, name: str | None) -> Block:
+def abstract_block(config: ModelConfig, name: str) -> Block:
     """One layer, with shapes in place of arrays."""
     return nnx.eval_shape(lambda: Block(config, name, nnx.Rngs(params=jax.random.key(0))))
 
@@ -208,7 +208,7 @@ def _tokens(batch: int, length: int) -> jax.ShapeDtypeStruct:
 
 
 def _mixer_inputs(
-    config: ModelConfig, name: str | None, batch: int, length: int, with_x: bool = False
+    config: ModelConfig, name: str, batch: int, length: int, with_x: bool = False
 ) -> tuple[Streams, Streams, Context]:
     def stream(rows: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, length, config.hidden_size), config.dtype)

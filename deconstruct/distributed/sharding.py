@@ -27,7 +27,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": None,
     "act_heads": "tensor",
-    "act_mlp": "tensor",
     "act_vocab": "tensor",
 }
 

@@ -130,7 +130,7 @@ def flat(tree: Any) -> dict[str, Any]:
     }
 
 
-def is_standard(layers: tuple[str | None, ...]) -> bool:
+def is_standard(layers: tuple[str, ...]) -> bool:
     return all(same_variant(name, STANDARD) for name in layers)
 
 
@@ -284,9 +284,10 @@ def config_json(model: ModelConfig, dtype: str, positions: int) -> dict[str, Any
 
 def own_config_json(config: Config, dtype: str) -> dict[str, Any]:
     """The config.json of a model that transformers does not know."""
-    own = {key: getattr(config, key) for key in ("variant", "layout", "sequence_length")}
+    own = {key: getattr(config, key) for key in ("variant", "layout", "sequence_length", "document_mask")}
     # impl and fixed_text speak of the machine; the fixed text's tokens are among the arrays.
-    model = {key: value for key, value in dataclasses.asdict(config.model).items() if key not in ("impl", "fixed_text")}
+    left_out = ("impl", "fixed_text", "document_mask", "without_mixers")
+    model = {key: value for key, value in dataclasses.asdict(config.model).items() if key not in left_out}
     return {
         "architectures": [OWN_ARCHITECTURE],
         "model_type": OWN_TYPE,

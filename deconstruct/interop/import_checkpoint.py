@@ -18,8 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deconstruct.attention.variants import fixed_source
-from deconstruct.config import Config, resolve
+from deconstruct.config import Config
 from deconstruct.distributed.mesh import single_device_mesh
+from deconstruct.experiment import resolve
 from deconstruct.interop import tokenizer_files
 from deconstruct.interop.files import DTYPES, Tensors, appearing, fresh_folder, read_json, write_json
 from deconstruct.interop.huggingface import (
@@ -81,7 +82,7 @@ class Origin(NamedTuple):
     """What config.json says: the settings of a Config, and the variant of each layer."""
 
     settings: dict[str, Any]
-    layers: tuple[str | None, ...]
+    layers: tuple[str, ...]
 
 
 class Choice(NamedTuple):
@@ -154,6 +155,7 @@ def _origin(hf: dict[str, Any], tensors: Tensors, where: str, sequence_length: i
     # Computed in the precision it is stored in: float16 has no counterpart here.
     written = tensors.arrays.get("model.embed_tokens.weight")
     model["dtype"] = "float32" if written and written.dtype == "float32" else "bfloat16"
+    model["match_parameters"] = False  # an MLP that was trained keeps its width, whatever stands beside it
     longest = hf.get("max_position_embeddings")
     default = min(longest, SEQUENCE_LENGTH) if isinstance(longest, int) and longest > 0 else SEQUENCE_LENGTH
     settings = {"variant": STANDARD, "layout": "uniform", "sequence_length": sequence_length or default}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from deconstruct.interop.huggingface import layer_and_part
 
 
-def listing(names: Iterable[str], layers: tuple[str | None, ...]) -> list[str]:
+def listing(names: Iterable[str], layers: tuple[str, ...]) -> list[str]:
     """Lines such as `layers 1,3-5 (mlp): mlp, mlp_norm, mixer_norm`. Names of ours or of transformers."""
     tops: dict[str, None] = {}
     parts: dict[int, dict[str, None]] = {}

@@ -31,6 +31,19 @@ class Mask:
         """The same with at most `window` positions in sight."""
         return dataclasses.replace(self, window=window if self.window is None else min(window, self.window))
 
+    def within(self, room: int, start: int | jax.Array) -> Mask:
+        """The mask of all `room` positions that a cache holds, of which this one's are those from `start` on.
+
+        Before them, what lies in the document of the first counts as one document, and all else as another: nothing
+        that is still to be read can tell.
+        """
+        if self.begins is None:
+            return self
+        first = self.begins[:, :1] + start
+        before = jnp.where(jnp.arange(room)[None, :] >= first, first, 0)
+        begins = jax.lax.dynamic_update_slice_in_dim(before, self.begins + start, start, axis=1)
+        return dataclasses.replace(self, begins=begins)
+
     def dense(
         self, rows: int, columns: int, start: int | jax.Array = 0, *, begins: jax.Array | None = None
     ) -> jax.Array:
@@ -52,3 +65,15 @@ class Mask:
 
 
 CAUSAL = Mask()
+
+
+def document_begins(tokens: jax.Array, end_of_text: int, first: jax.Array | None = None) -> jax.Array:
+    """The `begins` of a mask, int32 [B, L]: a document ends with `end_of_text`, and the next position begins another.
+
+    tokens int32 [B, L]. `first` int32 [B]: where the document of the first token began, default 0: with it.
+    """
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    first = jnp.zeros(tokens.shape[0], jnp.int32) if first is None else first
+    after_an_end = jnp.pad(tokens[:, :-1] == end_of_text, ((0, 0), (1, 0)))
+    begins = jnp.where(after_an_end, positions[None, :], jnp.where(positions == 0, first[:, None], first.min()))
+    return jax.lax.cummax(begins, axis=1)

@@ -36,7 +36,7 @@ def taylor_weights(q: jax.Array, k: jax.Array) -> jax.Array:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def taylor_diagonal_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+def taylor_diagonal_weights(q: jax.Array, k: jax.Array, jointly: bool = False) -> jax.Array:
     """The mean of three maps, one for each order of Taylor's series, each normalised by itself.
 
         order 0:  1 / i
@@ -46,20 +46,22 @@ def taylor_diagonal_weights(q: jax.Array, k: jax.Array) -> jax.Array:
     Equations 14-17 of arXiv:2510.11602, divided by three: the paper adds the orders, and its rows sum to three.
     It does not say what becomes of a sum that vanishes; the guard is our decision. A total too near zero is moved away
     from it by `guard`, and what is added to it is given to the i entries in equal parts, so that the row still sums
-    to one.
+    to one. `jointly`: (1 + x + y / 2) over the one sum of that, guarded likewise.
     """
     x = logits(q, k)
     dtype = x.dtype
     y = logits(jnp.square(q.astype(dtype)), jnp.square(k.astype(dtype))) * q.shape[-1] ** -0.5
     mask = grouped.causal_mask(*x.shape[-2:])
     count = jnp.arange(1, x.shape[-2] + 1, dtype=dtype)[None, None, :, None]
-    total = jnp.where(mask, 1 / count, 0)
-    for weights, least in ((x, GUARD), (y, GUARD**2)):
+    total, orders = jnp.where(mask, 1 / count, 0), [(x, GUARD), (y, GUARD**2)]
+    if jointly:
+        total, orders = jnp.zeros((), dtype), [(1 + x + y / 2, GUARD)]
+    for weights, least in orders:
         kept = jnp.where(mask, weights, 0)
         sums = kept.sum(-1, keepdims=True)
         delta = guard(sums, count, least)
         total += jnp.where(mask, kept + delta / count, 0) / (sums + delta)
-    return total / 3
+    return total if jointly else total / 3
 
 
 def guard(sums: jax.Array, count: jax.Array, least: float) -> jax.Array:

@@ -48,9 +48,14 @@ def init_taylor_diagonal_state(
 
 
 def taylor_diagonal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, state: TaylorDiagonalState | None = None, chunk: int = CHUNK
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    state: TaylorDiagonalState | None = None,
+    chunk: int = CHUNK,
+    jointly: bool = False,
 ) -> tuple[jax.Array, TaylorDiagonalState]:
-    """Linear-time Taylor attention by orders.
+    """Linear-time Taylor attention by orders, each normalised by itself, or all by one sum (`jointly`).
 
     q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] -> [Bv, L, H, dv] in v's dtype, and the state after them; a
     sequence is extended by another call with that state. All chunks are worked on at once: the states before them are
@@ -67,7 +72,7 @@ def taylor_diagonal_attention(
     keys = grouped.cut(grouped.split_keys(k), 2, size)  # b k t s d
     values = grouped.cut(grouped.split_values(v, batch), 2, size)  # b k t s n e
     before, after = _states(state, keys, values, length)
-    out = _mix(queries, keys, values, before)
+    out = _mix(queries, keys, values, before, jointly)
     out = grouped.join(out, 3, length)
     return grouped.merge_results(out), after
 
@@ -98,7 +103,7 @@ def _states(
     return TaylorDiagonalState(n0=count, **before), TaylorDiagonalState(n0=state.n0 + length, **after)
 
 
-def _mix(q: jax.Array, k: jax.Array, v: jax.Array, before: TaylorDiagonalState) -> jax.Array:
+def _mix(q: jax.Array, k: jax.Array, v: jax.Array, before: TaylorDiagonalState, jointly: bool) -> jax.Array:
     """One map within each chunk and one read of the states, each with all three orders in it: b k g t l n e."""
     size, dh = q.shape[-2:]
     dtype = before.n1.dtype
@@ -110,12 +115,7 @@ def _mix(q: jax.Array, k: jax.Array, v: jax.Array, before: TaylorDiagonalState) 
     sum2 = y.sum(-1) + grouped.exactly("bkgtld,tbkd->bkgtl", squares, before.n2) / dh
     count = before.n0.T[..., None] + jnp.arange(1, size + 1, dtype=dtype)[None, None]
     count = count[:, None, None]  # b 1 1 t l
-    delta1, delta2 = (
-        reference.guard(sums, count, least) for sums, least in ((sum1, reference.GUARD), (sum2, reference.GUARD**2))
-    )
-    # What multiplies x, y and the plain 1 of each past position, so that one matmul applies all three orders.
-    by_x, by_y = 1 / (3 * (sum1 + delta1)), 1 / (3 * (sum2 + delta2))
-    by_one = (1 / 3 + delta1 * by_x + delta2 * by_y) / count
+    by_one, by_x, by_y = _factors(count, sum1, sum2, jointly)
     weights = jnp.where(mask, by_one[..., None] + by_x[..., None] * x + by_y[..., None] * y, 0).astype(v.dtype)
     out = grouped.contract("bkgtls,bktsne->bkgtlne", weights, v)
     features = [exact * (by_x * dh**-0.5)[..., None], squares * (by_y / dh)[..., None]]
@@ -123,3 +123,19 @@ def _mix(q: jax.Array, k: jax.Array, v: jax.Array, before: TaylorDiagonalState) 
     out += grouped.contract("bkgtlf,tbnkfe->bkgtlne", jnp.concatenate(features, axis=-1).astype(q.dtype), states)
     out += by_one[..., None, None] * before.s0.transpose(1, 3, 0, 2, 4)[:, :, None, :, None]
     return out.astype(v.dtype)
+
+
+def _factors(
+    count: jax.Array, sum1: jax.Array, sum2: jax.Array, jointly: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What multiplies the plain 1, x and y of each past position, so that one matmul applies all three orders."""
+    if jointly:
+        total = count + sum1 + sum2 / 2
+        delta = reference.guard(total, count, reference.GUARD)
+        by_x = 1 / (total + delta)
+        return by_x * (1 + delta / count), by_x, by_x / 2
+    delta1, delta2 = (
+        reference.guard(sums, count, least) for sums, least in ((sum1, reference.GUARD), (sum2, reference.GUARD**2))
+    )
+    by_x, by_y = 1 / (3 * (sum1 + delta1)), 1 / (3 * (sum2 + delta2))
+    return (1 / 3 + delta1 * by_x + delta2 * by_y) / count, by_x, by_y

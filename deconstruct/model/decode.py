@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deconstruct.attention.base import Context
-from deconstruct.attention.variants import reads_static
-from deconstruct.layers import rope_tables
+from deconstruct.attention.mixer import Context
+from deconstruct.kernels.mask import CAUSAL, Mask, document_begins
 from deconstruct.model.language_model import LanguageModel
 from deconstruct.model.stack import Block
 from deconstruct.types import Streams
@@ -32,6 +31,7 @@ class Cache(NamedTuple):
 
     layers: tuple[Any, ...]
     position: int | jax.Array  # int32 []
+    begin: jax.Array | None = None  # int32 [B]: where the document of the next token begins; None without borders
 
 
 def init_cache(model: LanguageModel, batch: int, length: int) -> Cache:
@@ -39,7 +39,7 @@ def init_cache(model: LanguageModel, batch: int, length: int) -> Cache:
     config, dtype = model.config, jnp.dtype(model.config.dtype)
     mixers = [model.stack.layer(i).mixer for i in range(len(config.layers))]
     layers = tuple(() if m is None else m.init_cache(batch, length, config.hidden_size, dtype) for m in mixers)
-    return Cache(layers, 0)
+    return Cache(layers, 0, jnp.zeros(batch, jnp.int32) if config.document_mask else None)
 
 
 def cache_bytes(cache: Any) -> int:
@@ -56,7 +56,7 @@ def decoding_constants(model: LanguageModel, length: int) -> tuple[Any, ...]:
     if x is None:
         return (None,) * len(model.config.layers)
     streams = Streams(None, x)
-    context = _context(model, length, Streams(None, x) if reads_static(model.config.layers) else Streams(None))
+    context = model.context(length, Streams(None, x), CAUSAL)
 
     def record(block: Block, streams: Streams, context: Context) -> Any:
         return block.constants(streams, context)
@@ -72,12 +72,21 @@ def extend(
     `length` is what the cache was made for; going beyond it is the caller's mistake and is not noticed here.
     """
     h = model.embed(tokens)
-    context = _context(model, length, Streams(h) if reads_static(model.config.layers) else Streams(None))
+    mask, begin = _documents(model, tokens, cache)
+    context = model.context(length, Streams(h), mask)
     h, layers = model.stack.extend(h, cache.layers, constants, context, cache.position)
-    last = model.norm(h[:, -1:])
-    table = model.output_table().astype(last.dtype)
-    logits = jnp.einsum("bld,vd->blv", last, table, preferred_element_type=jnp.float32)[:, 0]
-    return logits[:, : model.config.vocab_size], Cache(layers, cache.position + tokens.shape[1])
+    logits = model.logits(model.norm(h[:, -1:]))[:, 0]
+    return logits, Cache(layers, cache.position + tokens.shape[1], begin)
+
+
+def _documents(model: LanguageModel, tokens: jax.Array, cache: Cache) -> tuple[Mask, jax.Array | None]:
+    """The mask of C more tokens, and where the document of the token after them begins."""
+    if cache.begin is None:
+        return CAUSAL, None
+    end = model.config.end_of_text
+    begins = document_begins(tokens, end, cache.begin - cache.position)
+    after = cache.position + tokens.shape[1]
+    return Mask(begins), jnp.where(tokens[:, -1] == end, after, begins[:, -1] + cache.position).astype(jnp.int32)
 
 
 def prefill(
@@ -85,11 +94,6 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """`extend` from an empty cache for `length` positions."""
     return extend(model, tokens, init_cache(model, tokens.shape[0], length), constants, length)
-
-
-def _context(model: LanguageModel, length: int, static: Streams) -> Context:
-    cos, sin = rope_tables(jnp.arange(length), model.config.head_dim, model.config.rope_theta)
-    return Context(cos, sin, static)
 
 
 class Decoder:

@@ -8,15 +8,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deconstruct.attention.base import Context
-from deconstruct.attention.source import SOURCES, FixedSource
-from deconstruct.attention.variants import fixed_source, reads_static
+from deconstruct.attention.mixer import Context
+from deconstruct.attention.parameters import mlp_width
+from deconstruct.attention.registry import SOURCES
+from deconstruct.attention.source import FixedSource
+from deconstruct.attention.variants import find_variant, fixed_source, reads_static
 from deconstruct.config import ModelConfig
 from deconstruct.distributed.sharding import constrain
 from deconstruct.kernels.cross_entropy import chunk_count, cross_entropy, token_losses
+from deconstruct.kernels.mask import Mask, document_begins
 from deconstruct.layers import Embedding, Frozen, RMSNorm, normal_param, rope_tables
 from deconstruct.model.stack import RESIDUAL, Block, Record, Stack
+from deconstruct.spelling import nearest
 from deconstruct.types import Streams, UserError
+
+IMPLS = ("auto", "reference", "xla", "cudnn", "pallas")
 
 
 class LanguageModel(nnx.Module):
@@ -26,6 +32,7 @@ class LanguageModel(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
+        check_model(config)
         embed_key, layers_key, head_key, fixed_key = (jax.random.fold_in(key, i) for i in range(4))
         self.config = config
         self.fixed_source = fixed_source(config.layers)
@@ -52,11 +59,34 @@ class LanguageModel(nnx.Module):
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Token ids int32 [B, L] -> logits float32 [B, L, vocab_size]."""
-        hidden, _ = self.hidden(tokens)
+        """Token ids int32 [B, L] -> logits float32 [B, L, vocab_size].
+
+        Raises UserError for tokens of another shape, or, where their values are known, beyond the vocabulary.
+        """
+        self.check_tokens(tokens)
+        return self.logits(self.hidden(tokens)[0])
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final normed hidden states [B, L, d] -> logits float32 [B, L, vocab_size]."""
         table = self.output_table().astype(hidden.dtype)
         logits = jnp.einsum("bld,vd->blv", hidden, table, preferred_element_type=jnp.float32)
         return constrain(logits, ("batch", "length", "act_vocab"))[..., : self.config.vocab_size]
+
+    def check_tokens(self, tokens: Any) -> None:
+        """Raises UserError unless tokens are ids of this vocabulary, [B, L]. Traced ones have no values to look at."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise UserError(
+                f"tokens are {tokens.dtype}{list(tokens.shape)}; expected whole numbers [batch, length], as in "
+                "tokens[None, :] for one sequence"
+            )
+        if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+            return
+        wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        if wrong.size:
+            raise UserError(
+                f"token {int(wrong[0])} is not in the vocabulary; this model has the ids 0 to "
+                f"{self.config.vocab_size - 1}"
+            )
 
     def hidden(self, tokens: jax.Array, record: Record | None = None) -> tuple[jax.Array, list[Any]]:
         """Final normed hidden states [B, L, d], and what `record` read off each layer."""
@@ -67,6 +97,7 @@ class LanguageModel(nnx.Module):
     def attention_maps(self, tokens: jax.Array) -> list[jax.Array | None]:
         """One map per layer: float32 [B or 1, heads, L, L], batch axis 1 where the map does not depend on the input;
         None where nothing is mixed."""
+        self.check_tokens(tokens)
 
         def record(block: Block, streams: Streams, context: Context) -> jax.Array | None:
             return block.maps(streams, context)
@@ -95,8 +126,13 @@ class LanguageModel(nnx.Module):
         """The streams before the first layer, and what all layers read. tokens int32 [B, L]."""
         config, length = self.config, tokens.shape[1]
         streams = Streams(constrain(self.embed(tokens), RESIDUAL), self.fixed_stream(length))
-        cos, sin = rope_tables(jnp.arange(length), config.head_dim, config.rope_theta)
-        return streams, Context(cos, sin, streams if reads_static(config.layers) else Streams(None))
+        mask = Mask(document_begins(tokens, config.end_of_text) if config.document_mask else None)
+        return streams, self.context(length, streams, mask)
+
+    def context(self, length: int, static: Streams, mask: Mask) -> Context:
+        """What all layers read: the tables of `length` positions, the embeddings where a layer reads them, the mask."""
+        cos, sin = rope_tables(jnp.arange(length), self.config.head_dim, self.config.rope_theta)
+        return Context(cos, sin, static if reads_static(self.config.layers) else Streams(None), mask)
 
     def fixed_stream(self, length: int) -> jax.Array | None:
         """x before the first layer, [1, length, d]; None where no layer reads it. Raises UserError beyond its
@@ -114,6 +150,23 @@ class LanguageModel(nnx.Module):
         source = SOURCES[str(self.fixed_source)]
         assert issubclass(source, FixedSource)
         return source
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raises UserError where a name is unknown, or a setting cannot be had in a layer or would be ignored in all."""
+    if config.impl not in IMPLS:
+        near = nearest(config.impl, IMPLS)
+        advice = f"did you mean {near}?" if near else f"expected {', '.join(IMPLS)}"
+        raise UserError(f"config.model.impl={config.impl} is unknown; {advice}")
+    layers = tuple(dict.fromkeys(config.layers))
+    fixed_source(layers)
+    for name in layers:
+        mlp_width(config, name)  # makes the mixer, from shapes alone
+    if config.impl != "auto" and layers and not any(find_variant(name).form for name in layers):
+        raise UserError(
+            f"config.model.impl={config.impl}: chooses the program of attention, and no layer has any "
+            f"({', '.join(layers)}); leave it at auto"
+        )
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> LanguageModel:

@@ -25,11 +25,22 @@ def abstract_arrays(config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Any, 
     graphdef, *states = nnx.split(abstract_model(config), nnx.Param, Frozen)
     params, frozen = states
 
-    def place(state: Any) -> Any:
+    def on_mesh(state: Any) -> Any:
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             nnx.to_pure_dict(state),
             state_shardings(state, mesh),
         )
 
-    return graphdef, place(params), place(frozen)
+    return graphdef, on_mesh(params), on_mesh(frozen)
+
+
+def decay_mask(config: ModelConfig) -> Any:
+    """For each parameter, whether weight decay pulls on it: as it was said where the parameter is made."""
+    params = nnx.state(abstract_model(config), nnx.Param)
+    said = jax.tree.map(
+        lambda variable: variable.get_metadata().get("decay", True),
+        params,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+    return nnx.to_pure_dict(said)

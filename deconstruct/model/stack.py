@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deconstruct.attention.base import Context
+from deconstruct.attention.mixer import Context
+from deconstruct.attention.parameters import mlp_width
 from deconstruct.attention.variants import fixed_source, make_mixer
 from deconstruct.config import ModelConfig
 from deconstruct.distributed.sharding import constrain
 from deconstruct.layers import RMSNorm, SwiGLU
+from deconstruct.layout import STANDARD
 from deconstruct.plan import slots
 from deconstruct.types import Streams
 
@@ -29,15 +31,16 @@ Record = Callable[["Block", Streams, Context], Any]
 
 
 class Block(nnx.Module):
-    """streams + mixer(norm(streams)), then + mlp(norm(streams)). `variant` None leaves the mixer's branch out."""
+    """streams + mixer(norm(streams)), then + mlp(norm(streams)). `config.without_mixers` leaves out the first branch of
+    a block that is not standard."""
 
-    def __init__(self, config: ModelConfig, variant: str | None, rngs: nnx.Rngs):
-        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_epsilon) if variant else None
-        self.mixer = make_mixer(variant, config, rngs) if variant else None
+    def __init__(self, config: ModelConfig, variant: str, rngs: nnx.Rngs):
+        mixes = variant == STANDARD or not config.without_mixers
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_epsilon) if mixes else None
+        self.mixer = make_mixer(variant, config, rngs) if mixes else None
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.mlp = SwiGLU(
-            config.hidden_size, config.intermediate_size, std=config.init_std, dtype=config.dtype, rngs=rngs
-        )
+        width = mlp_width(config, variant)
+        self.mlp = SwiGLU(config.hidden_size, width, std=config.init_std, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, streams: Streams, context: Context) -> Streams:
         if self.mixer is not None:
@@ -71,7 +74,7 @@ class Block(nnx.Module):
         return streams.map(self.mixer_norm), static
 
 
-def draw_layers(config: ModelConfig, variant: str | None, layers: tuple[int, ...], key: jax.Array) -> tuple[Any, Any]:
+def draw_layers(config: ModelConfig, variant: str, layers: tuple[int, ...], key: jax.Array) -> tuple[Any, Any]:
     """The definition of a block, and its state with `layers` side by side, each drawn from the key of its index."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Block(config, variant, nnx.Rngs(params=key))))
 
@@ -96,7 +99,7 @@ class Stack(nnx.Module):
             layers = tuple(i for i, name in enumerate(config.layers) if name == variant)
             drawn[variant] = layers, *draw_layers(config, variant, layers, key)
 
-        def stacked(s: int, position: int, variant: str | None) -> Block:
+        def stacked(s: int, position: int, variant: str) -> Block:
             layers, graphdef, state = drawn[variant]
             rows = np.array([layers.index(i) for i, w in enumerate(where) if w[:2] == (s, position)])
             return nnx.merge(graphdef, jax.tree.map(lambda x: x[rows], state))

@@ -38,6 +38,7 @@ _STEPS = ocp.path.step.standard_name_format()
 _log = logging.getLogger(__name__)
 
 Names = tuple[str, ...]
+_NO_LONGER_SAVED = frozenset({("rng",)})
 Result = TypeVar("Result")
 
 
@@ -187,11 +188,13 @@ def load_model(folder: Any, step: int, abstract: Any, *, partial: bool = False) 
 
 
 def load_train(folder: Any, step: int, abstract: Any) -> Any:
-    """The "train" arrays of `step`; as `load_model`, and always whole."""
-    return _load(folder, step, _TRAIN, abstract, partial=False)
+    """The "train" arrays of `step`; as `load_model`, and always whole, but for what only earlier versions saved."""
+    return _load(folder, step, _TRAIN, abstract, partial=False, dropped=_NO_LONGER_SAVED)
 
 
-def _load(folder: Any, step: int, item: str, abstract: Any, partial: bool) -> Any:
+def _load(
+    folder: Any, step: int, item: str, abstract: Any, partial: bool, dropped: frozenset[Names] = frozenset()
+) -> Any:
     folder = _require(folder, step)
     path = folder / str(step)
     wanted = _named(abstract)
@@ -201,6 +204,7 @@ def _load(folder: Any, step: int, item: str, abstract: Any, partial: bool) -> An
     saved = _reading(folder, step, lambda: _named(ocp.metadata(path, item).metadata))
     if not saved:  # Orbax takes the description of the arrays for empty when it cannot be read; none is saved empty
         raise _damaged(folder, step, f"the description of '{item}' cannot be read")
+    saved = {names: leaf for names, leaf in saved.items() if names not in dropped}
     _compare(f"{path}: '{item}'", wanted, saved, partial)
     if not wanted:
         return abstract

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,11 +17,12 @@ from deconstruct.layout import replaced_layers
 from deconstruct.model.language_model import LanguageModel
 from deconstruct.model.placement import abstract_arrays
 from deconstruct.model.restack import rename_layers, to_layers, to_segments
-from deconstruct.run import checkpoint
+from deconstruct.run import checkpoint, extensions
 from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
 
 Skip = Literal["", "block", "mixer"]
+FREE_KEYS = ("dtype", "impl", "scan", "remat")  # they change how a model is computed, not what it is
 
 
 def restore_model(
@@ -29,18 +31,24 @@ def restore_model(
     *,
     skip: Skip = "",
     mesh: jax.sharding.Mesh | None = None,
+    extension: str | Sequence[str] = (),
+    allow_extensions: bool = False,
     **changes: Any,
 ) -> LanguageModel:
     """A live model from a checkpoint (default: the latest), its parameters alone, on whatever devices are here.
 
     skip: "block" leaves the layers that are not standard out altogether, "mixer" only their mixers' branches. mesh:
     where to put it, default the first device. Keyword arguments change model settings that leave parameters alone
-    (dtype, impl, scan, remat). Raises UserError, `CheckpointGoneError` where the step is not (or no longer) there.
+    (dtype, impl, scan, remat). extension: your copy of the file (or files) that define layers of the run, where the
+    package does not; allow_extensions: run the copies kept in the workdir. Raises UserError, `CheckpointGoneError`
+    where the step is not (or no longer) there.
     """
     run_dir = Workdir(workdir)
     step = run_dir.step(step)
-    saved = Config.from_dict(checkpoint.read_meta(run_dir.checkpoints, step)["config"]).model
-    config, kept = skipped(dataclasses.replace(saved, **changes), skip)
+    saved = Config.from_dict(checkpoint.read_meta(run_dir.checkpoints, step)["config"])
+    files = (extension,) if isinstance(extension, str) else tuple(extension)
+    extensions.load(run_dir, saved, extensions.Trust(files, allow_extensions))
+    config, kept = skipped(_changed(saved.model, changes), skip)
     mesh = mesh or single_device_mesh()
     graphdef, params, frozen = abstract_arrays(config, mesh)
     abstract = {"params": to_layers(params, config.plan), "frozen": frozen}
@@ -53,6 +61,13 @@ def restore_model(
     return nnx.merge(graphdef, params, arrays["frozen"])
 
 
+def _changed(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+    for key in changes:
+        if key not in FREE_KEYS:
+            raise UserError(f"restore_model: {key} cannot be changed; {', '.join(FREE_KEYS)} can")
+    return dataclasses.replace(config, **changes)
+
+
 def skipped(config: ModelConfig, skip: Skip) -> tuple[ModelConfig, tuple[int, ...]]:
     """The model without its layers that are not standard (or without their mixers), and the layers that are kept."""
     every = tuple(range(len(config.layers)))
@@ -60,8 +75,7 @@ def skipped(config: ModelConfig, skip: Skip) -> tuple[ModelConfig, tuple[int, ..
     if not skip or not replaced:
         return config, every
     if skip == "mixer":
-        layers = tuple(None if i in replaced else name for i, name in enumerate(config.layers))
-        return dataclasses.replace(config, layers=layers), every
+        return dataclasses.replace(config, without_mixers=True), every
     kept = tuple(i for i in every if i not in replaced)
     if not kept:
         raise UserError(

@@ -5,6 +5,7 @@ checkpoints/     one folder per saved step
 metrics.jsonl    one object per logged step; tensorboard/ holds the same
 eval.jsonl       one object per evaluated step, task and setting
 tokenizer/       the tokenizer of the training data
+extensions/      files of the user's own that define layers, if there are any
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Workdir:
         self.metrics = self.folder / "metrics.jsonl"
         self.evaluations = self.folder / "eval.jsonl"
         self.tokenizer = self.folder / "tokenizer"
+        self.extensions = self.folder / "extensions"
 
     def write_config(self, config: Config) -> None:
         temporary = self.folder / "config.json.tmp"

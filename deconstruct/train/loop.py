@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,14 +21,17 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from deconstruct.config import Config, load_config
+from deconstruct.attention.extensions import without_file
+from deconstruct.config import Config
 from deconstruct.costs import accounting
 from deconstruct.data import pipeline, tokenizer
 from deconstruct.data.manifest import Manifest, load_manifest
 from deconstruct.distributed import runtime
 from deconstruct.distributed.mesh import check_batch, make_mesh
 from deconstruct.distributed.sharding import batch_spec
-from deconstruct.run import checkpoint
+from deconstruct.experiment import load_config
+from deconstruct.lock import alone_in
+from deconstruct.run import checkpoint, extensions
 from deconstruct.run.checkpoint import Checkpoints
 from deconstruct.run.clock import Clock
 from deconstruct.run.metric_writer import MetricWriter
@@ -78,6 +82,8 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
         stack.enter_context(jax.set_mesh(mesh))
         run = Run(config, manifest, mesh, run_dir)  # a mistake of the user's ends here, before anything is written
         run_dir.folder.mkdir(parents=True, exist_ok=True)
+        if runtime.is_main() and "://" not in os.fspath(run_dir.folder):
+            stack.enter_context(alone_in(Path(run_dir.folder), "--workdir", "train"))
         writer = stack.enter_context(
             Checkpoints(run_dir.checkpoints, config.checkpoint_every, config.checkpoint.keep, keep_period)
         )
@@ -89,6 +95,16 @@ def _check_data(config: Config, manifest: Manifest) -> None:
         raise UserError(
             f"config.model.vocab_size={config.model.vocab_size}: the tokenizer of {config.data} has "
             f"{manifest.tokenizer['vocab_size']} pieces; 0 takes the tokenizer's"
+        )
+
+
+def _check_code(config: Config) -> None:
+    """Raises UserError for a layer that no other process could run again."""
+    name = without_file(config.model.layers)
+    if name is not None:
+        raise UserError(
+            f"variant {name!r}: it is defined in no file (a notebook's cell?), so the run could not be opened again; "
+            "put it into a file and name that with config.extensions"
         )
 
 
@@ -113,6 +129,9 @@ class Run:
         self.rows = jax.sharding.NamedSharding(mesh, batch_spec())
         self.latest = latest_step_everywhere(run_dir)
         meta = self.meta = None if self.latest is None else checkpoint.read_meta(run_dir.checkpoints, self.latest)
+        if meta is not None:
+            check_same_run(config, meta, manifest.fingerprint, manifest.tokenizer["sha256"])
+        _check_code(config)
         # A new run chooses its fixed text, and so does one that starts from an imported checkpoint without any.
         chooses = meta is None or (meta["data"] is None and "frozen/fixed" in meta["drawn"])
         self.fixed_tokens = self._fixed_tokens() if chooses else None
@@ -168,10 +187,9 @@ class Run:
 
     def _start(self, checkpoints: RunCheckpoints) -> tuple[TrainState, int]:
         """The state to go on from, and the step it is at."""
-        config, manifest, latest, meta = self.config, self.manifest, self.latest, self.meta
-        if meta is not None:
-            check_same_run(config, meta, manifest.fingerprint, manifest.tokenizer["sha256"])
+        config, latest, meta = self.config, self.latest, self.meta
         if runtime.is_main():
+            extensions.keep(self.run_dir, config.model.layers)
             tokenizer.load(epath.Path(config.data) / "tokenizer").save(self.run_dir.tokenizer)
             self.run_dir.write_config(config)  # last: an evaluator waits for it
         if latest is None or meta is None:
@@ -209,7 +227,7 @@ class Run:
         step = make_step(self.spec.graphdef, self.optimizer, make_schedule(config), config.accumulation)
         rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32, sharding=self.rows)
         return jax.jit(
-            lambda state, rows: step(state, batch_of(rows)),
+            lambda state, rows: step(state, batch_of(rows, None if config.border_loss else config.model.end_of_text)),
             donate_argnums=0,
             out_shardings=(self.spec.shardings, None),
         ).lower(self.spec.abstract, rows)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from deconstruct.config import Config
-
-NOT_DECAYED = ("scale", "bias")  # norms and biases, by the name of the parameter
+from deconstruct.model.placement import decay_mask
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -27,11 +24,6 @@ def make_schedule(config: Config) -> optax.Schedule:
     return schedule
 
 
-def decay_mask(params: Any) -> Any:
-    """True for each parameter that weight decay pulls on."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
-
-
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     settings = config.optimizer
     adamw = optax.adamw(
@@ -40,6 +32,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         b2=settings.beta2,
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
-        mask=decay_mask,
+        mask=decay_mask(config.model),
     )
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm else adamw

@@ -57,9 +57,11 @@ def check_same_run(config: Config, meta: dict[str, Any], data_fingerprint: str, 
         if field.name not in free
     ]
     differing.append(("model.num_kv_heads", config.model.kv_heads, saved.model.kv_heads))
+    differing += [("border_loss", config.border_loss, saved.border_loss)] if trained else []
+    differing.append(("extensions", config.code, saved.code))
     for key, now, before in differing:
         if now != before:
-            key = "layout" if key == "model.layers" else key
+            key = {"model.layers": "layout", "model.document_mask": "document_mask"}.get(key, key)
             raise UserError(
                 f"config.{key}={_short(now)}, but this workdir holds a run with {_short(before)}; "
                 "set it back, or give another --workdir"

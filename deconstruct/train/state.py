@@ -19,16 +19,12 @@ from deconstruct.plan import Plan
 
 
 class TrainState(NamedTuple):
-    """`step` is the number of completed updates. `rng` is the key of the run, for forms that draw.
-
-    Holds arrays, or their shapes and shardings.
-    """
+    """`step` is the number of completed updates. Holds arrays, or their shapes and shardings."""
 
     step: Any  # int32 []
     params: Any  # nested dicts of float32 arrays
     frozen: Any  # constants of the model
     opt_state: Any
-    rng: Any  # uint32 [2], key data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +53,7 @@ def make_state_spec(config: Config, optimizer: optax.GradientTransformation, mes
         return begin(params, frozen)
 
     def begin(params: Any, frozen: Any) -> TrainState:
-        rng = jax.random.key_data(jax.random.key(config.seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), rng)
+        return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
 
     # Moments have the shapes of the parameters and take their shardings; counters are replicated.
     opt_state = optax.tree_map_params(
@@ -73,7 +68,6 @@ def make_state_spec(config: Config, optimizer: optax.GradientTransformation, mes
         params=params,
         frozen=frozen,
         opt_state=opt_state,
-        rng=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
     )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return StateSpec(
@@ -84,7 +78,7 @@ def make_state_spec(config: Config, optimizer: optax.GradientTransformation, mes
 def saved_form(state: TrainState, plan: Plan) -> tuple[Any, Any]:
     """The state (or its abstract form) as it is saved: the model's part and the trainer's, layers by index."""
     model = {"params": to_layers(state.params, plan), "frozen": state.frozen}
-    return model, {"step": state.step, "opt_state": to_layers(state.opt_state, plan), "rng": state.rng}
+    return model, {"step": state.step, "opt_state": to_layers(state.opt_state, plan)}
 
 
 def running_form(model: Any, train: Any, plan: Plan) -> TrainState:
@@ -94,5 +88,4 @@ def running_form(model: Any, train: Any, plan: Plan) -> TrainState:
         params=to_segments(model["params"], plan),
         frozen=model["frozen"],
         opt_state=to_segments(train["opt_state"], plan),
-        rng=train["rng"],
     )

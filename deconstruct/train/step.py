@@ -16,13 +16,14 @@ from deconstruct.train.state import TrainState
 Step = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def batch_of(rows: jax.Array) -> dict[str, jax.Array]:
-    """Rows int32 [B, L + 1] -> inputs, targets (the next tokens) and weights, all [B, L]."""
-    return {
-        "tokens": rows[:, :-1],
-        "targets": rows[:, 1:],
-        "weights": jnp.ones((rows.shape[0], rows.shape[1] - 1), jnp.float32),
-    }
+def batch_of(rows: jax.Array, border: int | None = None) -> dict[str, jax.Array]:
+    """Rows int32 [B, L + 1] -> inputs, targets (the next tokens) and weights, all [B, L].
+
+    `border`: the id of an end of text, after which the next token, another document's first, has no weight.
+    """
+    tokens = rows[:, :-1]
+    weights = jnp.ones(tokens.shape, jnp.float32) if border is None else (tokens != border).astype(jnp.float32)
+    return {"tokens": tokens, "targets": rows[:, 1:], "weights": weights}
 
 
 def make_step(
@@ -63,6 +64,6 @@ def make_step(
             "tokens": total,
         }
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, state.frozen, opt_state, state.rng), metrics
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return step

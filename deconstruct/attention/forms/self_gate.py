@@ -12,26 +12,26 @@ from typing import Any
 
 import jax
 
-from deconstruct.attention.base import Flops, KernelForm, Shape, register_form
+from deconstruct.attention.form import Flops, Form, Kernel, Shape
+from deconstruct.attention.registry import register_form
 from deconstruct.kernels import reference
+from deconstruct.kernels.mask import Mask
 from deconstruct.kernels.self_gate import init_self_gate_state, self_gate_attention
 
 
 @register_form
-class SelfGate(KernelForm):
+class SelfGate(Form):
     name = "self_gate"
     relaxes = ("mathematical form",)
     overhead = "the small matmuls that form prefix sums within chunks of 64 positions"
     uses_rope = False
+    documents = True
 
-    def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
-        return reference.self_gate_weights(q, k)
+    def weights(self, q: jax.Array, k: jax.Array, mask: Mask) -> jax.Array:
+        return reference.self_gate_weights(q, k, mask)
 
-    def init_cache(self, shape: Shape, dtype: Any) -> Any:
-        return init_self_gate_state(shape.qk_batch, shape.batch, shape.heads, shape.head_dim)
-
-    def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        return self_gate_attention(q, k, v, cache)
+    def kernels(self) -> dict[str, Kernel]:
+        return {"xla": Kernel(_mix, self_gate_attention, _init_cache)}
 
     def flops(self, shape: Shape) -> Flops:
         gates = 2.0 * shape.length * shape.heads * shape.head_dim * shape.qk_batch
@@ -41,3 +41,11 @@ class SelfGate(KernelForm):
     def decode_flops(self, shape: Shape) -> Flops:
         # The gate, and one scale, multiply and add of the running sum per value channel.
         return Flops.exactly(shape.heads * shape.head_dim * (2.0 * shape.qk_batch + 3.0 * shape.batch))
+
+
+def _mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    return self_gate_attention(q, k, v, None, mask)[0]
+
+
+def _init_cache(shape: Shape, dtype: Any) -> Any:
+    return init_self_gate_state(shape.qk_batch, shape.batch, shape.heads, shape.head_dim)

@@ -11,28 +11,28 @@ from typing import Any
 
 import jax
 
-from deconstruct.attention.base import Flops, KernelForm, Shape, register_form
+from deconstruct.attention.form import Flops, Form, Kernel, Shape
+from deconstruct.attention.registry import register_form
 from deconstruct.kernels import reference
-from deconstruct.kernels.taylor import init_taylor_state, taylor_chunked
+from deconstruct.kernels.mask import Mask
+from deconstruct.kernels.taylor import init_taylor_state, taylor_attention, taylor_chunked
 
 
 @register_form
-class Taylor(KernelForm):
+class Taylor(Form):
     name = "taylor"
     relaxes = ("mathematical form",)
+    documents = True
     overhead = (
         "the cells above the diagonal within each chunk of queries, and, in training beyond 2,048 positions, maps that "
         "are formed again; or, where the recurrence is cheaper, because XLA counts one chunk of its loop"
     )
 
-    def weights(self, q: jax.Array, k: jax.Array) -> jax.Array:
-        return reference.taylor_weights(q, k)
+    def weights(self, q: jax.Array, k: jax.Array, mask: Mask) -> jax.Array:
+        return reference.taylor_weights(q, k, mask)
 
-    def init_cache(self, shape: Shape, dtype: Any) -> Any:
-        return init_taylor_state(shape.qk_batch, shape.batch, shape.kv_heads, shape.head_dim, shape.head_dim)
-
-    def extend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        return taylor_chunked(q, k, v, cache)
+    def kernels(self) -> dict[str, Kernel]:
+        return {"xla": Kernel(taylor_attention, taylor_chunked, _init_cache)}
 
     def flops(self, shape: Shape) -> Flops:
         dense = super().flops(shape).dense
@@ -44,3 +44,7 @@ class Taylor(KernelForm):
         features = 1 + shape.head_dim + shape.head_dim**2
         columns = shape.batch * shape.head_dim + shape.qk_batch
         return Flops.exactly(2.0 * features * columns * (shape.heads + shape.kv_heads))
+
+
+def _init_cache(shape: Shape, dtype: Any) -> Any:
+    return init_taylor_state(shape.qk_batch, shape.batch, shape.kv_heads, shape.head_dim, shape.head_dim)
