@@ -5,11 +5,13 @@
         --workdir=runs/500m_even --config.data=prepared/slimpajama
 
 Defaults: size=500m, variant=standard, layout=even (uniform for standard), heads=mha. A list of layers is written with
-+ instead of a comma: layout=1+5+9. Settings: arXiv:2510.11602, section 4 (15 B tokens, 45 B for 1.7b; one MI300X).
++ instead of a comma: layout=1+5+9. Options of a form stand in parentheses: variant=hidden/window(size=256).
+Settings: arXiv:2510.11602, section 4 (15 B tokens, 45 B for 1.7b; one MI300X).
 Expected at 500m after 15 B tokens, WikiText perplexity: standard 38.1; even hybrids 38.5 to 39.4, mlp 45.8.
 """
 
 from deconstruct.config import default_config
+from deconstruct.spelling import parse_argument, split_list
 
 SIZES = {
     "70m": {"hidden_size": 512, "intermediate_size": 2048, "num_layers": 6, "num_heads": 8},
@@ -27,12 +29,7 @@ GQA_KV_HEADS = {"70m": 2, "160m": 2, "500m": 2, "1.7b": 8}  # 500m and 1.7b: as 
 
 
 def get_config(argument=None):
-    chosen = {"size": "500m", "variant": "standard", "layout": "", "heads": "mha"}
-    for pair in filter(None, (argument or "").split(",")):
-        key, equals, value = pair.partition("=")
-        if key not in chosen or not equals:
-            raise ValueError(f"{pair!r}: expected size=, variant=, layout= or heads=, separated by commas")
-        chosen[key] = value
+    chosen = parse_argument(argument, {"size": "500m", "variant": "standard", "layout": "", "heads": "mha"})
     size, heads = chosen["size"], chosen["heads"]
     if size not in SIZES:
         raise ValueError(f"size={size}: expected one of {', '.join(SIZES)}")
@@ -41,7 +38,9 @@ def get_config(argument=None):
 
     config = default_config()
     config.variant = chosen["variant"]
-    config.layout = chosen["layout"].replace("+", ",") or ("uniform" if chosen["variant"] == "standard" else "even")
+    config.layout = ",".join(split_list(chosen["layout"], "+")) or (
+        "uniform" if chosen["variant"] == "standard" else "even"
+    )
     config.model.update(SIZES[size])
     config.model.num_kv_heads = GQA_KV_HEADS[size] if heads == "gqa" else 0
     if size == "1.7b":

@@ -7,17 +7,12 @@
 """
 
 from deconstruct.config import default_config
+from deconstruct.spelling import parse_argument
 
 
 def get_config(argument=None):
-    chosen = {"variant": "standard", "layout": "uniform"}
-    for pair in filter(None, (argument or "").split(",")):
-        key, equals, value = pair.partition("=")
-        if key not in chosen or not equals:
-            raise ValueError(f"{pair!r}: expected variant= or layout=, separated by a comma")
-        chosen[key] = value
     config = default_config()
-    config.update(chosen)
+    config.update(parse_argument(argument, {"variant": "standard", "layout": "uniform"}))
     config.data = "prepared/novels"
     config.steps = 1200
     config.batch_size = 8

@@ -15,7 +15,9 @@ def get_config(argument=None):
     if not argument or not (Path(argument) / "config.json").is_file():
         raise ValueError(f"{argument or ''!r}: expected a workdir with a config.json, as in configs/workdir.py:runs/a")
     saved = json.loads((Path(argument) / "config.json").read_text())
-    saved["model"].pop("layers")  # follows from variant and layout
+    saved.pop("code", None)
+    for derived in ("layers", "document_mask", "without_mixers"):  # they follow from the rest
+        saved["model"].pop(derived, None)
     config = default_config()
     config.update(saved)
     return config

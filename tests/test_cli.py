@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from deconstruct.cli import VERBS, main
-from deconstruct.config import load_config
 from deconstruct.costs.describe import describe
+from deconstruct.experiment import load_config
 
 ROOT = Path(__file__).parents[1]
 SMALL, QUICKSTART = str(ROOT / "configs" / "small.py"), str(ROOT / "configs" / "quickstart.py")

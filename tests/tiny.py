@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from deconstruct.attention.base import FORMS, MIXERS
-from deconstruct.attention.source import SOURCES
-from deconstruct.attention.variants import VARIANTS
-from deconstruct.config import Config, default_config, resolve
+from deconstruct.attention.registry import FORMS, MIXERS, SOURCES, VARIANTS
+from deconstruct.config import Config, default_config
+from deconstruct.experiment import resolve
 
 # Every pair of source and form, and every mixer of its own: a new one is tested by existing.
 PAIRS = [f"{source}/{form}" for source in SOURCES for form in FORMS]

@@ -5,14 +5,9 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from deconstruct.types import UserError
-
-if TYPE_CHECKING:
-    from deconstruct.attention.form import Form
-    from deconstruct.attention.mixer import Mixer
-    from deconstruct.attention.source import Source
 
 # The seven variants of arXiv:2510.11602. mlp is a mixer of its own.
 VARIANTS = {
@@ -25,9 +20,9 @@ VARIANTS = {
     "mlp": "mlp",
 }
 
-SOURCES: dict[str, type[Source]] = {}
-FORMS: dict[str, type[Form]] = {}
-MIXERS: dict[str, type[Mixer]] = {}
+SOURCES: dict[str, Any] = {}  # name -> subclass of source.Source
+FORMS: dict[str, Any] = {}  # of form.Form
+MIXERS: dict[str, Any] = {}  # of mixer.Mixer
 _REGISTRIES: dict[str, dict[str, Any]] = {"source": SOURCES, "form": FORMS, "mixer": MIXERS}
 
 C = TypeVar("C", bound=type)

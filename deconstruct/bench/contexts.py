@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from deconstruct.attention.variants import one_of_each
 from deconstruct.bench.rounds import Case, Round, ratio, take_turns
@@ -22,7 +21,7 @@ from deconstruct.costs import accounting
 from deconstruct.costs.paper import PAPER_COSTS
 from deconstruct.layout import STANDARD
 from deconstruct.model import decode
-from deconstruct.model.language_model import build_model
+from deconstruct.model.language_model import LanguageModel, build_model
 
 CONTEXTS = (256, 1024, 4096, 16384)
 STEPS = 8
@@ -34,9 +33,9 @@ def context_speed(case: Case, rounds: int, contexts: tuple[int, ...] = CONTEXTS)
     rows: dict[str, dict[str, Any]] = {
         name: {"milliseconds": [], "ratio": [], "cache_bytes": [], "paper_cache_bytes": []} for name in configs
     }
-    models = {name: nnx.split(build_model(config)) for name, config in configs.items()}
+    models = {name: build_model(config) for name, config in configs.items()}
     for context in contexts:
-        contenders = {name: _round(*models[name], context) for name in configs}
+        contenders = {name: _round(models[name], context) for name in configs}
         seconds = take_turns(contenders, rounds, f"context {context:,}")
         for name, row in rows.items():
             row["milliseconds"].append(round(1e3 * statistics.median(seconds[name]) / STEPS, 2))
@@ -46,33 +45,22 @@ def context_speed(case: Case, rounds: int, contexts: tuple[int, ...] = CONTEXTS)
     return {"case": case._asdict(), "contexts": list(contexts), "variants": rows}
 
 
-def _round(graphdef: Any, state: Any, context: int) -> Round:
-    parameters = nnx.to_pure_dict(state)
-
-    def empty() -> Any:
-        model = nnx.merge(graphdef, parameters)
-        return decode.init_cache(model, 1, context), decode.decoding_constants(model, context)
+def _round(model: LanguageModel, context: int) -> Round:
+    decoder = decode.Decoder(model, 1, context)
 
     def at_the_end(x: Any) -> jax.Array:
-        """Arrays as they are (zeros, where there is but a shape); scalars, which are positions, back to the start."""
-        if not x.shape:
-            return jnp.asarray(context - STEPS, x.dtype)
-        return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+        """Zeros for arrays; scalars, which are positions, back to the start."""
+        return jnp.zeros(x.shape, x.dtype) if x.shape else jnp.asarray(context - STEPS, x.dtype)
 
-    cache, constants = jax.tree.map(at_the_end, jax.eval_shape(empty))
+    cache, decoder.constants = jax.tree.map(at_the_end, decoder.abstract())
     held = {"cache": cache}
     tokens = jnp.zeros((1, 1), jnp.int32)
 
-    def step(parameters: Any, constants: Any, cache: Any) -> Any:
-        return decode.extend(nnx.merge(graphdef, parameters), tokens, cache, constants, context)
-
-    compiled = jax.jit(step, donate_argnums=2)
-
     def round_() -> float:
-        cache = jax.tree.map(at_the_end, held["cache"])
+        cache = jax.tree.map(lambda x: x if x.shape else at_the_end(x), held["cache"])
         start = time.perf_counter()
         for _ in range(STEPS):
-            logits, cache = compiled(parameters, constants, cache)
+            logits, cache, _ = decoder.extend(tokens, cache)
         jax.block_until_ready((logits, cache))
         taken = time.perf_counter() - start
         held["cache"] = cache

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from deconstruct.data import tokenizer
 from deconstruct.generation.sampling import Sampling, choose, choose_greedily
@@ -53,9 +52,12 @@ class Settings:
             "batch_size": (self.batch_size >= 1, "must be at least 1"),
             "seed": (0 <= self.seed < 2**31, "must lie in [0, 2^31)"),
         }
+        drawn = "greedy decoding draws nothing; add --temperature=1"
+        for name in ("top_k", "top_p", "min_p", "seed", "samples") if self.temperature == 0 else ():
+            rules.setdefault(f"{name} ", (getattr(self, name) == getattr(Settings, name), drawn))
         for name, (holds, what) in rules.items():
             if not holds:
-                raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: {what}")
+                raise UserError(f"--{name.strip().replace('_', '-')}={getattr(self, name.strip())}: {what}")
 
 
 @dataclasses.dataclass
@@ -76,9 +78,7 @@ class Generator:
 
     def __init__(self, model: LanguageModel, text: tokenizer.Tokenizer, settings: Settings):
         self.model, self.text, self.settings = model, text, settings
-        self._graphdef, state = nnx.split(model)
-        self._state = nnx.to_pure_dict(state)  # plain dicts pass into a compiled step faster
-        self._programs = functools.lru_cache(maxsize=8)(self._compile)
+        self._decoders = functools.lru_cache(maxsize=8)(self._decoder)
 
     def generate(self, requests: Sequence[Request], on_text: Callable[[Request, str], None] | None = None) -> None:
         """Fills in `output`, `text` and `stop` of each request; prompts of like length share a batch.
@@ -92,48 +92,30 @@ class Generator:
             self._batch(ordered[start : start + self.settings.batch_size], on_text)
 
     def _check(self, request: Request) -> None:
-        vocabulary, config = self.model.config.vocab_size, self.model.config
+        vocabulary = self.model.config.vocab_size
         if not request.tokens:
             raise UserError("the prompt is empty; give at least one token")
         unknown = [token for token in request.tokens if not 0 <= token < vocabulary]
         if unknown:
             raise UserError(f"prompt token {unknown[0]} is unknown; this model has the ids 0 to {vocabulary - 1}")
         needed = len(request.tokens) + self.settings.max_new_tokens
-        if self.model.fixed is not None and needed > config.fixed_length:
-            raise UserError(
-                f"a prompt of {len(request.tokens)} tokens and --max-new-tokens={self.settings.max_new_tokens} need "
-                f"more than the fixed stream ({self.model.fixed_source}) of this model has: {config.fixed_length}"
-            )
+        new = self.settings.max_new_tokens
+        self.model.check_length(needed, f"a prompt of {len(request.tokens)} tokens and --max-new-tokens={new}")
 
-    def _compile(self, batch: int, length: int, greedy: bool) -> tuple[Any, Any, Any]:
-        graphdef, vocabulary = self._graphdef, self.model.config.vocab_size
+    def _decoder(self, batch: int, length: int, greedy: bool) -> decode.Decoder:
         rows = jnp.arange(batch)
 
-        def choose_next(
-            logits: jax.Array, seen: jax.Array, forced: jax.Array, sampling: Sampling, position: int | jax.Array
-        ) -> jax.Array:
-            """[B, 1]: the next token of each prompt where there is one, else (forced < 0) a new one."""
+        def take(
+            logits: jax.Array, tokens: jax.Array, position: Any, seen: jax.Array, inputs: tuple[jax.Array, Sampling]
+        ) -> tuple[jax.Array, jax.Array]:
+            """[B, 1]: the next token of each prompt where there is one, else (forced < 0) a new one; and what has been
+            seen, bool [B, V]."""
+            forced, sampling = inputs
+            seen = seen.at[rows[:, None], tokens].set(True)
             chosen = choose_greedily(logits, seen, sampling) if greedy else choose(logits, seen, sampling, position)
-            return jnp.where(forced >= 0, forced, chosen)[:, None]
+            return jnp.where(forced >= 0, forced, chosen)[:, None], seen
 
-        def start(
-            state: Any, constants: Any, tokens: jax.Array, forced: jax.Array, sampling: Sampling
-        ) -> tuple[jax.Array, decode.Cache, jax.Array]:
-            """tokens [B, C] in; the next ones, the cache and what has been seen out."""
-            seen = jnp.zeros((batch, vocabulary), bool).at[rows[:, None], tokens].set(True)
-            logits, cache = decode.prefill(nnx.merge(graphdef, state), tokens, constants, length)
-            return choose_next(logits, seen, forced, sampling, cache.position), cache, seen
-
-        def advance(
-            state: Any, constants: Any, tokens: jax.Array, cache: decode.Cache, seen: jax.Array, forced: jax.Array,
-            sampling: Sampling,
-        ) -> tuple[jax.Array, decode.Cache, jax.Array]:  # fmt: skip
-            seen = seen.at[rows, tokens[:, 0]].set(True)
-            logits, cache = decode.extend(nnx.merge(graphdef, state), tokens, cache, constants, length)
-            return choose_next(logits, seen, forced, sampling, cache.position), cache, seen
-
-        constants = jax.jit(lambda state: decode.decoding_constants(nnx.merge(graphdef, state), length))(self._state)
-        return constants, jax.jit(start), jax.jit(advance, donate_argnums=(3, 4))
+        return decode.Decoder(self.model, batch, length, take)
 
     def _batch(self, requests: list[Request], on_text: Callable[[Request, str], None] | None) -> None:
         settings, config = self.settings, self.model.config
@@ -143,17 +125,19 @@ class Generator:
         length = -(-end // CACHE_STEP) * CACHE_STEP
         if self.model.fixed is not None:
             length = min(length, config.fixed_length)
-        constants, start, advance = self._programs(len(requests), length, settings.temperature == 0)
+        decoder = self._decoders(len(requests), length, settings.temperature == 0)
         sampling = self._sampling(requests)
 
-        def forced(position: int) -> np.ndarray:
-            return np.array([p[position] if position < len(p) else -1 for p in prompts], np.int32)
+        def inputs(position: int) -> tuple[np.ndarray, Sampling]:
+            forced = [p[position] if position < len(p) else -1 for p in prompts]
+            return np.array(forced, np.int32), sampling
 
         first = jnp.asarray([prompt[:shortest] for prompt in prompts], jnp.int32)
-        tokens, cache, seen = start(self._state, constants, first, forced(shortest), sampling)
+        seen = jnp.zeros((len(requests), config.vocab_size), bool)
+        tokens, cache, seen = decoder.prefill(first, seen, inputs(shortest))
         for position in range(shortest + 1, end):
             pending = tokens
-            tokens, cache, seen = advance(self._state, constants, tokens, cache, seen, forced(position), sampling)
+            tokens, cache, seen = decoder.extend(tokens, cache, seen, inputs(position))
             # Read one step late: the device already works on the next token.
             if not self._take(requests, np.asarray(pending)[:, 0], position - 1, on_text):
                 return

@@ -23,13 +23,13 @@ def logits(q: jax.Array, k: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], q.shape[2], *x.shape[3:])
 
 
-def softmax_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+def softmax_weights(q: jax.Array, k: jax.Array, mask=None) -> jax.Array:
     """A_ij = exp(x_ij) / sum_{m<=i} exp(x_im)."""
     x = logits(q, k)
     return jax.nn.softmax(jnp.where(grouped.causal_mask(*x.shape[-2:]), x, -jnp.inf), axis=-1)
 
 
-def taylor_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+def taylor_weights(q: jax.Array, k: jax.Array, mask=None) -> jax.Array:
     """A_ij = T(x_ij) / sum_{m<=i} T(x_im) with T(x) = 1 + x + x^2 / 2, which is at least 1/2 (Based, Arora 2024)."""
     x = logits(q, k)
     weights = jnp.where(grouped.causal_mask(*x.shape[-2:]), 1 + x + x * x / 2, 0)
@@ -83,7 +83,7 @@ def gate_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return (jax.nn.silu(queries) * keys).sum(-1).reshape(batch, heads, length) * dim**-0.5
 
 
-def self_gate_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+def self_gate_weights(q: jax.Array, k: jax.Array, mask=None) -> jax.Array:
     """A_ij = exp(s_j) / sum_{m<=i} exp(s_m), with s_j = silu(q_j) . k_j / sqrt(dh).
 
     The scores may pass 1e3 (arXiv:2510.11602, section on logit outliers), so each row subtracts the maximum of its own

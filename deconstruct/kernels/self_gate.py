@@ -39,7 +39,7 @@ def init_self_gate_state(
 
 
 def self_gate_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, state: SelfGateState | None = None, chunk: int = CHUNK
+    q: jax.Array, k: jax.Array, v: jax.Array, state: SelfGateState | None = None, mask=None, chunk: int = CHUNK
 ) -> tuple[jax.Array, SelfGateState]:
     """The running mean of the values, weighted by exp(s).
 
@@ -60,6 +60,7 @@ def self_gate_attention(
     own = grouped.split_rows(state.values, batch)
     own = own.reshape(*own.shape[:2], *head_axes, dv).transpose(0, 2, 3, 1, 4)  # b k g n e
     before, highest = _running_maximum(scores, state.highest.reshape(batch, *head_axes))
+    del mask
     mask = grouped.causal_mask(size, size)
     weights = jnp.exp(jnp.where(mask, scores[..., None, :] - highest[..., :, None], -jnp.inf))
     within = grouped.contract("bkgtls,bktsne->bkgtlne", weights.astype(v.dtype), values)

@@ -23,7 +23,7 @@ def _weights(slope: jax.Array, mask: jax.Array) -> jax.Array:
 _SOFTMAX = query_chunks.Weighing(_slope, _weights)
 
 
-def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int | None = None) -> jax.Array:
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask=None, chunk: int | None = None) -> jax.Array:
     """Causal softmax attention of a whole sequence.
 
     q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] give [Bv, L, H, dv] in v's dtype; Bq is Bv or 1. The softmax
@@ -33,7 +33,7 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int | Non
     return query_chunks.mix(q, k, v, _SOFTMAX, chunk)
 
 
-def softmax_last(q: jax.Array, cache: KVCache, batch: int, chunk: int | None = None) -> jax.Array:
+def softmax_last(q: jax.Array, cache: KVCache, batch: int, mask=None, chunk: int | None = None) -> jax.Array:
     """Softmax attention of the last C positions in a cache over all of them, q [Bq, C, H, dh]: [Bv, C, H, dv].
 
     `batch` is Bv. What the cache has beyond its length is not read, but must be finite.

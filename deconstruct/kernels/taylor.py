@@ -69,7 +69,7 @@ def taylor_quadratic(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int | None
 
 
 def taylor_chunked(
-    q: jax.Array, k: jax.Array, v: jax.Array, state: TaylorState | None = None, chunk: int = CHUNK
+    q: jax.Array, k: jax.Array, v: jax.Array, state: TaylorState | None = None, mask=None, chunk: int = CHUNK
 ) -> tuple[jax.Array, TaylorState]:
     """The same in time linear in L: the map within a chunk, the state for all that came before it.
 
@@ -173,7 +173,7 @@ def chunked_is_cheaper(
     return length * (size * pair + touch * (1 + 1 / groups)) < quadratic
 
 
-def taylor_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def taylor_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask=None) -> jax.Array:
     """Second-order Taylor attention of a whole sequence, by whichever form counts fewer FLOPs at this length.
 
     q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] give [Bv, L, H, dv] in v's dtype; Bq is Bv or 1.

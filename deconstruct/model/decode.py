@@ -7,7 +7,9 @@ sequence whose prompt is longer than the others' is fed its own tokens while tho
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,34 +98,65 @@ def prefill(
     return extend(model, tokens, init_cache(model, tokens.shape[0], length), constants, length)
 
 
+# (logits of the last position [B, V], the tokens given [B, C], the position that comes next, carry, inputs) -> (what
+# comes out, carry): a part of the compiled step, so that it may choose the next token on the device.
+Take = Callable[[jax.Array, jax.Array, Any, Any, Any], tuple[Any, Any]]
+
+
+def logits_alone(logits: jax.Array, tokens: jax.Array, position: Any, carry: Any, inputs: Any) -> tuple[Any, Any]:
+    """The `Take` of a decoder that gives logits."""
+    return logits, carry
+
+
 class Decoder:
-    """`extend` compiled for one model, batch and cache length; the cache is donated from call to call.
+    """`extend` compiled for one model, batch and cache length. Cache and carry are donated from call to call.
 
     decoder = Decoder(model, batch, length)
-    logits, cache = decoder.prefill(prompts)
-    logits, cache = decoder.extend(tokens, cache)
+    logits, cache, _ = decoder.prefill(prompts)
+    logits, cache, _ = decoder.extend(tokens, cache)
+
+    `take` decides what comes out instead of logits. Raises UserError where a fixed stream is shorter than `length`.
     """
 
-    def __init__(self, model: LanguageModel, batch: int, length: int):
-        self._graphdef, state = nnx.split(model)
+    def __init__(self, model: LanguageModel, batch: int, length: int, take: Take = logits_alone):
+        graphdef, state = nnx.split(model)
         self._state = nnx.to_pure_dict(state)  # plain dicts pass into a compiled step faster
         self.batch, self.length = batch, length
-        self.constants = jax.jit(lambda state: decoding_constants(self._model(state), length))(self._state)
-        self._prefill = jax.jit(
-            lambda state, constants, tokens: prefill(self._model(state), tokens, constants, length),
-        )
-        self._extend = jax.jit(
-            lambda state, constants, tokens, cache: extend(self._model(state), tokens, cache, constants, length),
-            donate_argnums=3,
-        )
+        model.check_length(length)
 
-    def _model(self, state: Any) -> LanguageModel:
-        return nnx.merge(self._graphdef, state)
+        def start(state: Any, constants: Any, tokens: jax.Array, carry: Any, inputs: Any) -> tuple[Any, Cache, Any]:
+            logits, cache = prefill(nnx.merge(graphdef, state), tokens, constants, length)
+            out, carry = take(logits, tokens, cache.position, carry, inputs)
+            return out, cache, carry
 
-    def prefill(self, tokens: jax.Array) -> tuple[jax.Array, Cache]:
-        """The first tokens int32 [B, C], C > 0: logits of the last and the cache they leave."""
-        return self._prefill(self._state, self.constants, tokens)
+        def step(
+            state: Any, constants: Any, tokens: jax.Array, cache: Cache, carry: Any, inputs: Any
+        ) -> tuple[Any, Cache, Any]:
+            logits, cache = extend(nnx.merge(graphdef, state), tokens, cache, constants, length)
+            out, carry = take(logits, tokens, cache.position, carry, inputs)
+            return out, cache, carry
 
-    def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """More tokens int32 [B, C], C > 0; the cache given is used up."""
-        return self._extend(self._state, self.constants, tokens, cache)
+        def empty(state: Any) -> Any:
+            model = nnx.merge(graphdef, state)
+            return init_cache(model, batch, length), decoding_constants(model, length)
+
+        self._start, self._step = jax.jit(start), jax.jit(step, donate_argnums=(3, 4))
+        self._constants = jax.jit(lambda state: decoding_constants(nnx.merge(graphdef, state), length))
+        self._empty = empty
+
+    @functools.cached_property
+    def constants(self) -> tuple[Any, ...]:
+        """What is needed of the fixed stream, per layer; computed when it is first asked for."""
+        return self._constants(self._state)
+
+    def abstract(self) -> tuple[Cache, tuple[Any, ...]]:
+        """Shapes of an empty cache and of the constants."""
+        return jax.eval_shape(self._empty, self._state)
+
+    def prefill(self, tokens: jax.Array, carry: Any = None, inputs: Any = None) -> tuple[Any, Cache, Any]:
+        """The first tokens int32 [B, C], C > 0: what `take` makes of the logits of the last, the cache, and carry."""
+        return self._start(self._state, self.constants, tokens, carry, inputs)
+
+    def extend(self, tokens: jax.Array, cache: Cache, carry: Any = None, inputs: Any = None) -> tuple[Any, Cache, Any]:
+        """More tokens int32 [B, C], C > 0; the cache and carry given are used up."""
+        return self._step(self._state, self.constants, tokens, cache, carry, inputs)

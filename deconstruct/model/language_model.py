@@ -134,16 +134,20 @@ class LanguageModel(nnx.Module):
         cos, sin = rope_tables(jnp.arange(length), self.config.head_dim, self.config.rope_theta)
         return Context(cos, sin, static if reads_static(self.config.layers) else Streams(None), mask)
 
+    def check_length(self, length: int, what: str = "") -> None:
+        """Raises UserError where a fixed stream is shorter than `length` tokens; `what` says who wants them."""
+        if self.fixed is not None and length > self.config.fixed_length:
+            raise UserError(
+                f"{what or f'{length} tokens'} are more than the fixed stream ({self.fixed_source}) of this model "
+                f"has: {self.config.fixed_length} (model.fixed_length)"
+            )
+
     def fixed_stream(self, length: int) -> jax.Array | None:
         """x before the first layer, [1, length, d]; None where no layer reads it. Raises UserError beyond its
         length."""
+        self.check_length(length)
         if self.fixed is None:
             return None
-        if length > self.config.fixed_length:
-            raise UserError(
-                f"{length} tokens are more than the fixed stream ({self.fixed_source}) of this model has: "
-                f"{self.config.fixed_length} (model.fixed_length)"
-            )
         return self._source().start(self.fixed[...], length, self.embed, self.config.dtype)
 
     def _source(self) -> type[FixedSource]:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from deconstruct import cli
-from deconstruct.attention.base import FORMS, Form
+from deconstruct.attention.form import Form
+from deconstruct.attention.registry import FORMS
 from deconstruct.attention.variants import find_variant
 from deconstruct.costs import accounting, programs, side_by_side
 from deconstruct.costs.paper import PAPER_COSTS
@@ -90,7 +91,7 @@ def test_totals_are_those_of_the_unrolled_model(name):
 @pytest.mark.parametrize("name", MIXER_NAMES)
 def test_cache_bytes_are_those_of_a_cache(name):
     config = tiny_config({"num_kv_heads": 2, "scan": False}, variant=name, layout="even").model
-    _, cache = Decoder(build_model(config), 3, 12).prefill(jnp.zeros((3, 2), jnp.int32))
+    _, cache, _ = Decoder(build_model(config), 3, 12).prefill(jnp.zeros((3, 2), jnp.int32))
     held = sum(x.nbytes for x in jax.tree.leaves(cache) if x.ndim)
     assert held == accounting.cache_bytes(config, 3, 12) == cache_bytes(cache)
 

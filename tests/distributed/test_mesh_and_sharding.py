@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deconstruct.config import MeshConfig, load_config
+from deconstruct.config import MeshConfig
 from deconstruct.distributed.mesh import check_batch, make_mesh, single_device_mesh
 from deconstruct.distributed.sharding import RULES, batch_spec, constrain, spec, state_shardings
+from deconstruct.experiment import load_config
 from deconstruct.model.language_model import abstract_model
 from deconstruct.model.placement import abstract_arrays
 from deconstruct.types import UserError

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from deconstruct.cli import main
-from deconstruct.config import load_config
 from deconstruct.data.prepare import PrepareOptions, prepare
+from deconstruct.experiment import load_config
 from deconstruct.interop.export_checkpoint import export_checkpoint
 from deconstruct.interop.huggingface import flat
 from deconstruct.interop.import_checkpoint import import_checkpoint

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 
-from deconstruct.attention.base import Shape
+from deconstruct.attention.form import Shape
 from deconstruct.attention.variants import find_variant
 from deconstruct.kernels import reference
 

@@ -16,10 +16,10 @@ LENGTH = 24
 def decode(model, tokens, chunks, cache_length=LENGTH):
     """Logits after each chunk, [chunks, B, V]."""
     decoder = Decoder(model, tokens.shape[0], cache_length)
-    logits, cache = decoder.prefill(tokens[:, : chunks[0]])
+    logits, cache, _ = decoder.prefill(tokens[:, : chunks[0]])
     start, seen = chunks[0], [logits]
     for chunk in chunks[1:]:
-        logits, cache = decoder.extend(tokens[:, start : start + chunk], cache)
+        logits, cache, _ = decoder.extend(tokens[:, start : start + chunk], cache)
         start += chunk
         seen.append(logits)
     return jnp.stack(seen)

@@ -109,7 +109,7 @@ def test_skip_keeps_the_right_layers():
     small, kept = skipped(config, "block")
     assert kept == (1, 3, 5, 7) and small.layers == ("standard",) * 4 and small.num_layers == 4
     branchless, all_layers = skipped(config, "mixer")
-    assert all_layers == tuple(range(8)) and branchless.layers == (None, "standard") * 4
+    assert all_layers == tuple(range(8)) and branchless.without_mixers and branchless.layers == config.layers
 
     model = build_model(config)
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, config.vocab_size)
