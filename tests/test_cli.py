@@ -165,9 +165,9 @@ def test_describe_as_text(program):
     assert f"{found['difference_from_standard']:+,} against standard" in out
     rows = [line.split() for line in out.splitlines()[-4:]]
     assert [row[:2] for row in rows] == [["1", "mlp"], ["2", "standard"], ["3", "mlp"], ["4", "mlp"]]
-    assert rows[0][2:4] == ["66,048", "+128"] and rows[1][2:4] == ["65,920", "+0"]
+    assert rows[0][2:5] == ["66,048", "+128", "+128"] and rows[1][2:5] == ["65,920", "+0", "+0"]
     layer = found["per_layer"]
     for row, *costs in zip(rows, *(layer[key] for key in ("forward_flops", "decode_flops")), strict=True):
-        assert [float(x) for x in row[4:6]] == [float(f"{cost:.4g}") for cost in costs]
+        assert [float(x) for x in row[5:7]] == [float(f"{cost:.4g}") for cost in costs]
     for row, *sizes in zip(rows, *(layer[key] for key in ("cache_bytes", "activation_bytes")), strict=True):
-        assert row[6:] == [f"{size:,}" for size in sizes]
+        assert row[7:] == [f"{size:,}" for size in sizes]

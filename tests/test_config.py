@@ -15,10 +15,9 @@ from deconstruct.config import (
     ModelConfig,
     default_config,
     known_keys,
-    load_config,
-    resolve,
 )
 from deconstruct.costs import accounting
+from deconstruct.experiment import load_config, resolve
 from deconstruct.layout import LAYOUTS
 from deconstruct.model.language_model import abstract_model
 from deconstruct.types import UserError
@@ -53,7 +52,7 @@ def test_every_config_file_loads(path, tmp_path):
         argument = f":{tmp_path}"
     config = load_config(f"{path}{argument}")
     assert len(config.model.layers) == config.model.num_layers
-    assert config.model.fixed_length == config.sequence_length and config.model.vocab_size > 0
+    assert config.model.fixed_length == 0 and config.model.vocab_size > 0  # no layer reads a fixed stream
 
 
 @pytest.mark.parametrize("size", list(SIZES))
@@ -115,17 +114,18 @@ def test_there_and_back_through_json():
     config = load_config(PAPER, layout="1,5", variant="rnd_emb_qk", **{"model.remat": False, "mesh.tensor": 2})
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert isinstance(config.model.layers, tuple)
-    skipped = config.replace(model=dataclasses.replace(config.model, layers=(None, "mlp")))
-    assert Config.from_dict(json.loads(json.dumps(skipped.to_dict()))).model.layers == (None, "mlp")
+    skipped = config.replace(model=dataclasses.replace(config.model, without_mixers=True))
+    assert Config.from_dict(json.loads(json.dumps(skipped.to_dict()))) == skipped
     with pytest.raises(UserError, match=r"config.model.depth is unknown"):
         Config.from_dict({"model": {"depth": 3}})
 
 
 def test_values_that_follow_from_others(tmp_path):
-    assert load_config(BASE, **{"model.fixed_length": 4096}).model.fixed_length == 4096
+    fixed = load_config(BASE, variant="rnd_emb_qk", **{"model.fixed_length": 4096})
+    assert fixed.model.fixed_length == 4096
     assert load_config(BASE, **{"model.vocab_size": 100}).model.padded_vocab == 128
     assert ModelConfig(vocab_size=128).padded_vocab == 128 and ModelConfig(num_heads=8).kv_heads == 8
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 321}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 321, "end_of_text": 2}}))
     assert load_config(BASE, data=tmp_path).model.vocab_size == 321
     assert load_config(BASE, data=tmp_path, **{"model.vocab_size": 300}).model.vocab_size == 300
 
@@ -150,10 +150,10 @@ OVERRIDES = [
 
 @pytest.mark.parametrize(("key", "said", "value"), OVERRIDES, ids=lambda x: str(x))
 def test_overrides_are_typed(key, said, value):
-    others = {"mesh.fsdp": 1}
+    others = {"mesh.fsdp": 1} | ({"variant": "rnd_emb_qk"} if key.startswith("model.fixed_") else {})
     for config in (
         load_config(BASE, **{key: said, **others}),
-        load_config(BASE, arguments=[f"--config.{key}={said}", "--config.mesh.fsdp=1"]),
+        load_config(BASE, arguments=[f"--config.{key}={said}", *(f"--config.{k}={v}" for k, v in others.items())]),
     ):
         for name in key.split("."):
             config = getattr(config, name)
@@ -307,16 +307,15 @@ def test_a_file_that_takes_no_argument():
         ("qqq", r"variant 'qqq' is unknown; expected one of standard, approximate, .*, or source/form"),
     ],
 )
-def test_an_unknown_variant_is_named_when_the_model_is_built(variant, message):
-    config = load_config(BASE, variant=variant)
+def test_an_unknown_variant_is_named_when_the_config_is_loaded(variant, message):
     with pytest.raises(UserError, match=message):
-        abstract_model(config.model)
+        load_config(BASE, variant=variant)
 
 
 def test_two_fixed_sources_are_refused_by_name():
     config = default_config()
-    config.variant, config.layout = "unused", "rnd_emb_qk,standard,mlp,fixed_text/taylor,mlp,mlp"
+    config.layout = "rnd_emb_qk,standard,mlp,fixed_text/taylor,mlp,mlp"
     with pytest.raises(
         UserError, match=r"two fixed streams, fixed_random \(rnd_emb_qk\) and fixed_text \(fixed_text/taylor\)"
     ):
-        abstract_model(resolve(config).model)
+        resolve(config)

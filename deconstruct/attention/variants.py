@@ -142,6 +142,12 @@ def fixed_source(layers: tuple[str, ...]) -> str | None:
     return next(iter(found), None)
 
 
+def reads_fixed_text(layers: tuple[str, ...]) -> bool:
+    """Whether the fixed stream, if there is one, starts from the ids of a text, which training puts in place."""
+    source = fixed_source(layers)
+    return source is not None and SOURCES[source].text
+
+
 def reads_static(layers: tuple[str, ...]) -> bool:
     """Whether any layer reads the token embeddings."""
     for name in layers:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from deconstruct.attention.variants import fixed_source
+from deconstruct.attention.variants import fixed_source, reads_fixed_text
 from deconstruct.config import Config
 from deconstruct.distributed.mesh import single_device_mesh
 from deconstruct.experiment import resolve
@@ -267,6 +267,6 @@ def _report(config: Config, choice: Choice, tensors: Tensors, where: str) -> lis
     lines += [f"kept         {line}" for line in listing(choice.kept, model.layers)]
     lines += [f"initialised  {line}" for line in listing(choice.drawn, model.layers) or ["nothing"]]
     lines += [f"not used     {line}" for line in listing(choice.unused, model.layers)]
-    if FIXED in choice.drawn and fixed_source(model.layers) == "fixed_text":
+    if FIXED in choice.drawn and reads_fixed_text(model.layers):
         lines.append("note         the fixed text is random until `train` puts the text of its run in place")
     return lines
