@@ -74,7 +74,7 @@ def resolve(config: ConfigDict) -> Config:
     for path in split_list(completed.extensions):
         load_extension(path, "config.extensions")
     check_model(completed.model)
-    _check_nothing_is_ignored(completed, config.model)
+    _check_nothing_is_ignored(completed, config.get("model", ConfigDict()))
     code = code_of(completed.model.layers)
     return completed.replace(model=_without_what_nothing_reads(completed), code=code)
 
@@ -100,8 +100,9 @@ def _check_nothing_is_ignored(config: Config, given: ConfigDict) -> None:
     }
     for key, (read, why) in readers.items():
         default = getattr(ModelConfig(), key)
-        if not read and given[key] not in (default, config.sequence_length if key == "fixed_length" else default):
-            raise UserError(f"config.model.{key}={given[key]}: {why}, so it would be ignored; leave it at {default!r}")
+        value = given.get(key, default)
+        if not read and value not in (default, config.sequence_length if key == "fixed_length" else default):
+            raise UserError(f"config.model.{key}={value}: {why}, so it would be ignored; leave it at {default!r}")
     spelled = split_list(config.layout)
     if len(spelled) > 1 and not spelled[0].isdigit() and config.variant != STANDARD:
         raise UserError(

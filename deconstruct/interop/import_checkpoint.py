@@ -155,7 +155,6 @@ def _origin(hf: dict[str, Any], tensors: Tensors, where: str, sequence_length: i
     # Computed in the precision it is stored in: float16 has no counterpart here.
     written = tensors.arrays.get("model.embed_tokens.weight")
     model["dtype"] = "float32" if written and written.dtype == "float32" else "bfloat16"
-    model["match_parameters"] = False  # an MLP that was trained keeps its width, whatever stands beside it
     longest = hf.get("max_position_embeddings")
     default = min(longest, SEQUENCE_LENGTH) if isinstance(longest, int) and longest > 0 else SEQUENCE_LENGTH
     settings = {"variant": STANDARD, "layout": "uniform", "sequence_length": sequence_length or default}
@@ -166,6 +165,8 @@ def _configuration(origin: Origin, layout: str, variant: str, seed: int) -> Conf
     replaced: dict[str, Any] = {}
     if layout or variant:
         replaced = {"layout": layout or "uniform", "variant": variant or STANDARD}
+        if is_standard(origin.layers):  # an MLP that was trained keeps its width, whatever comes to stand beside it
+            replaced["model"] = {**origin.settings["model"], "match_parameters": False}
     config = resolve(ConfigDict({**origin.settings, "seed": seed, "data": "", **replaced}))
     if not replaced and config.model.layers != origin.layers:
         raise UserError(
