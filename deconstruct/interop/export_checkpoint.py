@@ -79,7 +79,7 @@ def export_checkpoint(
     step: int | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
-    trust: extensions.Trust = extensions.Trust(),
+    trust: extensions.Trust = extensions.NOTHING,
 ) -> list[str]:
     """Writes a checkpoint folder; returns the lines that say what it is. One layer is in memory at a time.
 
