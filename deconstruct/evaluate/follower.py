@@ -19,7 +19,7 @@ from deconstruct.distributed.mesh import make_mesh
 from deconstruct.evaluate.curves import Curves
 from deconstruct.evaluate.evaluation import Subject, add_options, make_evaluation, own_options, parse_tasks
 from deconstruct.evaluate.ledger import Ledger
-from deconstruct.run import checkpoint
+from deconstruct.run import checkpoint, extensions
 from deconstruct.run.checkpoint import CheckpointGoneError
 from deconstruct.run.restore import Skip, restore_model, skipped
 from deconstruct.run.workdir import Workdir
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--poll", type=float, default=5.0, metavar="SECONDS", help="how often --follow looks (default 5)"
     )
+    extensions.add_arguments(parser)
     add_options(parser)
 
 
@@ -73,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     run_dir = Workdir(arguments.workdir)
     while arguments.follow and not run_dir.config_file.exists():
         time.sleep(arguments.poll)  # the trainer has not begun yet
-    with contextlib.closing(Evaluator(run_dir, mesh, options, arguments.skip)) as evaluator:
+    trust = extensions.trust(arguments)
+    with contextlib.closing(Evaluator(run_dir, mesh, options, arguments.skip, trust)) as evaluator:
         if arguments.follow:
             evaluator.evaluate_existing(follow(run_dir, arguments.poll))
         elif arguments.step == ALL:
@@ -88,10 +90,16 @@ class Evaluator:
     """What one call of `evaluate` measures on each checkpoint."""
 
     def __init__(
-        self, run_dir: Workdir, mesh: jax.sharding.Mesh, options: dict[str, argparse.Namespace], skip: Skip = ""
+        self,
+        run_dir: Workdir,
+        mesh: jax.sharding.Mesh,
+        options: dict[str, argparse.Namespace],
+        skip: Skip = "",
+        trust: extensions.Trust = extensions.NOTHING,
     ):
-        """`options`: of each task."""
+        """`options`: of each task. `trust`: what code of the run's own may be run."""
         config = run_dir.read_config()
+        extensions.load(run_dir, config, trust)
         skipped(config.model, skip)  # refuses what cannot be skipped before anything is loaded
         self.run_dir, self.mesh, self.skip = run_dir, mesh, skip
         subject = Subject(run_dir, config, mesh)
