@@ -37,7 +37,7 @@ from deconstruct.interop.huggingface import (
 )
 from deconstruct.interop.listing import listing
 from deconstruct.layout import STANDARD
-from deconstruct.model.language_model import LanguageModel
+from deconstruct.model.language_model import LanguageModel, init_options
 from deconstruct.model.placement import abstract_arrays, split_model
 from deconstruct.model.restack import to_layers
 from deconstruct.run import extensions
@@ -264,7 +264,7 @@ def draw(config: Config, names: list[str]) -> dict[str, jax.Array]:
         arrays = flat({"params": to_layers(params, config.model.plan), "frozen": frozen})
         return {name: arrays[name] for name in names}
 
-    return jax.jit(chosen)() if names else {}
+    return jax.jit(chosen, compiler_options=init_options())() if names else {}
 
 
 def _report(config: Config, choice: Choice, tensors: Tensors, where: str) -> list[str]:

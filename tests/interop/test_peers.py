@@ -1,6 +1,5 @@
-"""Against transformers: the same logits and gradients, both ways. Skipped where it is not installed (extra peers)."""
+"""Against transformers: the same logits and gradients, both ways. Run by `make proof`."""
 
-import importlib.util
 import json
 
 import jax
@@ -19,13 +18,14 @@ from deconstruct.model.placement import split_model
 from deconstruct.model.restack import to_layers
 from deconstruct.run.restore import restore_model
 from tests.interop.made import make_config, make_workdir
+from tests.need import need
 
-if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-    pytest.skip("transformers and torch are not installed (extra peers)", allow_module_level=True)
+need("torch", "transformers", extra="peers")
 
 import torch
 import transformers
 
+pytestmark = pytest.mark.proof
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 

@@ -73,7 +73,7 @@ def test_running_again_when_done_changes_nothing(whole, prepared):
     assert Workdir(whole).metrics.read_text() == before
 
 
-@pytest.mark.parametrize("stop", [3, 6])
+@pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.proof)])
 def test_stopping_and_resuming_is_the_same_run(whole, prepared, tmp_path, stop):
     assert train(run_config(prepared, steps=stop), tmp_path) == 0
     assert train(run_config(prepared), tmp_path) == 0
@@ -171,6 +171,7 @@ def kill_when(process, ready, what, limit=120):
     process.wait()
 
 
+@pytest.mark.proof
 def test_killed_in_an_epoch_and_in_a_save_the_metrics_are_those_of_an_uninterrupted_run(prepared, tmp_path):
     config = run_config(prepared, steps=60, accumulation=2, checkpoint_every=4, mesh={"data": 2, "fsdp": 1})
     launch = Launch(tmp_path / "launch", config)
@@ -187,6 +188,7 @@ def test_killed_in_an_epoch_and_in_a_save_the_metrics_are_those_of_an_uninterrup
     assert trajectory(broken) == trajectory(tmp_path / "whole")
 
 
+@pytest.mark.proof
 def test_the_number_of_hosts_may_change(prepared, tmp_path):
     """Half a run by one process of two devices, the rest by two processes of one: the metrics of one process alone."""
     config = run_config(prepared, mesh={"data": 2, "fsdp": 1})
@@ -200,6 +202,7 @@ def test_the_number_of_hosts_may_change(prepared, tmp_path):
     assert trajectory(tmp_path / "shared") == trajectory(tmp_path / "alone")
 
 
+@pytest.mark.proof
 def test_sigterm_saves_and_says_try_again(prepared, tmp_path):
     config = run_config(prepared, steps=100_000, checkpoint_every=100_000)
     launch = Launch(tmp_path / "launch", config)
