@@ -24,7 +24,7 @@ HEADS = ("batch", "length", "act_heads", None)
 
 class Attention(Mixer):
     def __init__(self, config: ModelConfig, source: type[Source], form: type[Form], rngs: nnx.Rngs):
-        d, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.kv_heads, config.head_dim
+        d, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.kv_heads, config.head_size
         linear = functools.partial(Linear, std=config.init_std, dtype=config.dtype, rngs=rngs)
         bias = config.block == "qwen2"
         self.q_proj = linear((d,), (heads, head_dim), ("embed", "heads", None), bias=bias)

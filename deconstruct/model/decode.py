@@ -88,7 +88,7 @@ def prefill(
 
 
 def _context(model: LanguageModel, length: int, static: Streams) -> Context:
-    cos, sin = rope_tables(jnp.arange(length), model.config.head_dim, model.config.rope_theta)
+    cos, sin = rope_tables(jnp.arange(length), model.config.head_size, model.config.rope_theta)
     return Context(cos, sin, static)
 
 

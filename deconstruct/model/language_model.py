@@ -95,7 +95,7 @@ class LanguageModel(nnx.Module):
         """The streams before the first layer, and what all layers read. tokens int32 [B, L]."""
         config, length = self.config, tokens.shape[1]
         streams = Streams(constrain(self.embed(tokens), RESIDUAL), self.fixed_stream(length))
-        cos, sin = rope_tables(jnp.arange(length), config.head_dim, config.rope_theta)
+        cos, sin = rope_tables(jnp.arange(length), config.head_size, config.rope_theta)
         return streams, Context(cos, sin, streams if reads_static(config.layers) else Streams(None))
 
     def fixed_stream(self, length: int) -> jax.Array | None:
