@@ -258,5 +258,5 @@ def _mixer_inputs(
     with_x = with_x or fixed_source((name,)) is not None
     streams = Streams(stream(batch), stream(1) if with_x else None)
     static = streams if reads_static((name,)) else Streams(None)
-    angles: Any = jax.ShapeDtypeStruct((length, config.head_dim // 2), jnp.float32)
+    angles: Any = jax.ShapeDtypeStruct((length, config.head_size // 2), jnp.float32)
     return streams, static, Context(angles, angles, Streams(None))

@@ -21,7 +21,7 @@ LENGTH = 7
 
 
 def context(config, static):
-    cos, sin = rope_tables(jnp.arange(LENGTH), config.head_dim, config.rope_theta)
+    cos, sin = rope_tables(jnp.arange(LENGTH), config.head_size, config.rope_theta)
     return Context(cos, sin, static)
 
 

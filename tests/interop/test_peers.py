@@ -22,8 +22,8 @@ from tests.need import need
 
 need("torch", "transformers", extra="peers")
 
-import torch
-import transformers
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 pytestmark = pytest.mark.proof
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from tests.need import need
 
 need("torch", "einops", "fla", extra="peers")
 
-import torch
+import torch  # noqa: E402
 
 pytestmark = pytest.mark.proof
 LENGTH, CHUNK = 256, 64
