@@ -12,7 +12,7 @@ quickstart: $(INSTALLED)
 	$(DECONSTRUCT) prepare --output=prepared/quickstart --vocab-size=1024 --row-length=256 --max-characters=4000000
 	$(DECONSTRUCT) train --config=configs/quickstart.py --workdir=runs/quickstart
 	$(DECONSTRUCT) evaluate --workdir=runs/quickstart --contexts=32,256
-	$(VENV)/bin/python -m deconstruct.evaluate.report --workdir=runs/quickstart
+	$(DECONSTRUCT) report runs/quickstart
 
 test: $(INSTALLED) lint
 	$(VENV)/bin/python -m pytest -n 2 tests
@@ -32,7 +32,7 @@ table: $(INSTALLED)
 	  $(DECONSTRUCT) train --config=configs/small.py:variant=$${run%-*},layout=$${run#*-} --workdir=runs/table/$$run; \
 	  $(DECONSTRUCT) evaluate --workdir=runs/table/$$run --contexts=16,64,256; \
 	done
-	$(VENV)/bin/python -m deconstruct.evaluate.table runs/table
+	$(DECONSTRUCT) table runs/table
 
 # Speed beside Hugging Face transformers, in one run each.
 peers: $(INSTALLED) $(PEERS)

@@ -49,7 +49,7 @@ def test_help_of_a_verb_names_its_flags(program, verb):
     assert status == 0 and not err
     parser = argparse.ArgumentParser()
     importlib.import_module(VERBS[verb][0]).add_arguments(parser)
-    flags = [flag for action in parser._actions for flag in action.option_strings]
+    flags = [flag for action in parser._actions for flag in action.option_strings or [action.metavar or ""]]
     assert len(flags) > 2  # more than --help
     missing = [flag for flag in flags if flag not in out]
     assert not missing
@@ -58,7 +58,9 @@ def test_help_of_a_verb_names_its_flags(program, verb):
 CONTRACT = {
     "prepare": ["--input", "--output"],
     "train": ["--config", "--workdir"],
-    "evaluate": ["--workdir", "--step", "--follow", "--contexts", "--skip"],
+    "evaluate": ["--workdir", "--step", "--follow", "--tasks", "--contexts", "--skip"],
+    "report": ["DIR"],
+    "table": ["DIR"],
     "describe": ["--config", "--json"],
 }
 
@@ -102,6 +104,8 @@ MISTAKES = {
     "missing workdir": (["evaluate", "--workdir=w"], "--workdir=w: no config.json there; `deconstruct train` makes"),
     "step of all steps": (["evaluate", "--workdir=w", "--follow", "--step=3"], "--follow evaluates every step"),
     "negative poll": (["evaluate", "--workdir=w", "--follow", "--poll=-1"], "--poll=-1.0: must be positive"),
+    "report of nothing": (["report", "w"], "w: no config.json there; `deconstruct train` makes a workdir"),
+    "table of nothing": (["table", "w"], "w: there is no such folder"),
     "negative tokens": (["evaluate", "--workdir=w", "--max-tokens=-1"], "--max-tokens=-1: must not be negative"),
     "missing input": (["prepare", "--output=w", "--input=gone.txt"], "gone.txt"),
     "lonely coordinator": (
