@@ -99,7 +99,7 @@ def _step(s: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Ar
     """One chunk, q [b, K, C, G, dh], k and log_decay [b, K, C, dh], v [b, K, C, w]: the state [b, K, dh, w] after it,
     and what it reads [b, K, C, G, w] from itself and from the state before."""
     q, k, v, log_decay = chunk
-    batch, kv_heads, size, groups, dh = q.shape
+    batch, kv_heads, _, _, dh = q.shape
     within, into, out = _within(q, k, v, jnp.exp(log_decay))
     rows = (q * into[:, :, :, None]).astype(q.dtype).reshape(batch, kv_heads, -1, dh)
     before = grouped.contract("bkrd,bkdw->bkrw", rows, s.astype(q.dtype))
@@ -109,11 +109,9 @@ def _step(s: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Ar
     return s, ((within + before) * dh**-0.5).astype(v.dtype)
 
 
-def _within(
-    q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _within(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What a chunk reads from itself [b, K, C, G, w], and the decays into and out of it, two of [b, K, C, dh]."""
-    batch, kv_heads, size, groups, dh = q.shape
+    batch, kv_heads, size, _, dh = q.shape
     block = min(_BLOCK, size)
     into = decay.reshape(batch, -1, 1, dh)
     into, out, within = _within_blocks(block, q, k, v, into)
