@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from deconstruct.attention.base import Context
+from deconstruct.attention.gated_mlp import attention_parameters
 from deconstruct.attention.variants import find_variant, make_mixer
 from deconstruct.costs import accounting
 from deconstruct.layers import rope_tables
@@ -70,15 +71,16 @@ def test_maps_depend_on_the_batch_unless_the_source_is_fixed(name):
 
 @pytest.mark.parametrize("block", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_parameters_equal_standards(block, kv_heads):
+@pytest.mark.parametrize("head_dim", [0, 6, 2])
+def test_parameters_equal_standards(block, kv_heads, head_dim):
     """Exactly, for every pair; the MLP within 0.1 % at a size where rounding its width can be that small."""
     for name in PAIRS:
-        config = tiny_config({"block": block, "num_kv_heads": kv_heads}, variant=name).model
+        config = tiny_config({"block": block, "num_kv_heads": kv_heads, "head_dim": head_dim}, variant=name).model
         assert accounting.difference_from_standard(config) == 0, name
-    config = tiny_config(
-        {"block": block, "num_kv_heads": kv_heads * 2, "hidden_size": 896, "num_heads": 8}, variant="mlp"
-    ).model
+    sizes = {"hidden_size": 896, "num_heads": 8, "num_kv_heads": kv_heads * 2, "head_dim": 32 * head_dim}
+    config = tiny_config({"block": block, **sizes}, variant="mlp").model
     standard = accounting.standard_mixer_parameters(config)
+    assert standard == attention_parameters(config)
     assert abs(accounting.difference_from_standard(config)) / config.num_layers < 1e-3 * standard
 
 
