@@ -125,6 +125,9 @@ def test_values_that_follow_from_others(tmp_path):
     assert fixed.model.fixed_length == 4096
     assert load_config(BASE, **{"model.vocab_size": 100}).model.padded_vocab == 128
     assert ModelConfig(vocab_size=128).padded_vocab == 128 and ModelConfig(num_heads=8).kv_heads == 8
+    assert ModelConfig(hidden_size=96, num_heads=8).head_size == 12
+    wide = load_config(BASE, **{"model.head_dim": 16, "model.num_heads": 5}).model  # 5 does not divide 512
+    assert (wide.head_size, wide.kv_heads) == (16, 5)
     (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 321, "end_of_text": 2}}))
     assert load_config(BASE, data=tmp_path).model.vocab_size == 321
     assert load_config(BASE, data=tmp_path, **{"model.vocab_size": 300}).model.vocab_size == 300
@@ -169,8 +172,18 @@ def test_the_last_word_counts(file):
 
 # Key, value, message; said on the command line and, where the value has the key's type, in a file too.
 WRONG_VALUES = [
-    ("model.num_heads", 7, r"model.num_heads=7: does not divide model.hidden_size=512; 4 or 8 would"),
-    ("model.num_heads", 512, r"model.num_heads=512: gives heads of the odd width 1, which RoPE cannot rotate"),
+    (
+        "model.num_heads",
+        7,
+        r"model.num_heads=7: does not divide model.hidden_size=512; 4 or 8 would, or any number with a model.head_dim",
+    ),
+    (
+        "model.num_heads",
+        512,
+        r"model.num_heads=512: gives heads of the odd width 1, which RoPE .*; an even model.head_dim would do",
+    ),
+    ("model.head_dim", 7, r"model.head_dim=7: is odd, which RoPE cannot rotate; 8 would do"),
+    ("model.head_dim", -2, r"model.head_dim=-2: must not be negative"),
     ("model.num_kv_heads", 3, r"model.num_kv_heads=3: does not divide model.num_heads=8; 2 or 4 would"),
     ("model.num_kv_heads", 16, r"model.num_kv_heads=16: does not divide model.num_heads=8; 8 would"),
     ("model.num_kv_heads", -1, r"model.num_kv_heads=-1: must not be negative"),

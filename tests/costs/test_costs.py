@@ -12,7 +12,7 @@ from deconstruct.attention.form import Form
 from deconstruct.attention.registry import FORMS
 from deconstruct.attention.variants import find_variant
 from deconstruct.costs import accounting, programs, side_by_side
-from deconstruct.costs.paper import PAPER_COSTS
+from deconstruct.costs.paper import PAPER_COSTS, without_formulas
 from deconstruct.kernels import reference
 from deconstruct.model.decode import Decoder, cache_bytes
 from deconstruct.model.language_model import build_model
@@ -187,6 +187,38 @@ def test_cache_bytes_of_the_paper(name):
         assert ours == 2 * paper
 
 
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({}, ""),
+        ({"num_kv_heads": 2}, "as many key heads as query heads; this configuration has fewer."),
+        ({"head_dim": 6}, "this configuration has 4 heads of 6, together 24, and d = 16."),
+        (
+            {"head_dim": 6, "num_kv_heads": 2},
+            "has fewer. The paper's formulas are for heads that share out the width d",
+        ),
+    ],
+)
+def test_shapes_that_the_paper_does_not_speak_of(sizes, reason):
+    config = tiny_config(sizes).model
+    row = side_by_side.layer_costs(config, "standard", 1, 8)
+    assert all((row[key]["paper"] is None) == bool(sizes) for key in ("prefill", "decode", "cache", "activations"))
+    said = side_by_side._notes([row], without_formulas(config))[0]
+    assert reason in said and ("measured is all JAX keeps" in said) == (not sizes)
+
+
+@pytest.mark.parametrize("name", ["standard", "approximate", "mlp", "rnd_emb_qk"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_formulas_where_heads_do_not_share_out_the_width(name, head_dim):
+    """Two heads of 64 or 256 in a width of 256."""
+    config = sized(name, head_dim=head_dim, block="qwen3")
+    check_dense(config, name)
+    decoded = programs.abstract_block(config, name).mixer.decode_flops(BATCH, LENGTH).needed
+    program = programs.mixer_decode_program(config, name, BATCH, LENGTH)
+    # Element-wise work (states, norms) is small beside the projections, as above, but these are smaller.
+    assert programs.compiled_flops(program) == pytest.approx(decoded, rel=0.1)
+
+
 def test_kernels_of_another_device_are_counted_as_those_of_xla():
     plain = sized("standard")
     cudnn = dataclasses.replace(plain, impl="cudnn", dtype="bfloat16")
@@ -205,7 +237,5 @@ def test_describe_prints_them_side_by_side(tmp_path, capsys):
         assert text.count(f"\n{row['variant']} ") >= 4
     assert found["model"]["train"]["compiled"] > found["model"]["train"]["needed"] > 0
     assert "in the paper the output projection is left out" in text
-    for row in found["layer"]:  # as with grouped queries
-        row["cache"]["paper"] = None
-    assert "this configuration has fewer" in side_by_side.as_text(found) and "has fewer" not in text
+    assert "measured is all JAX keeps" in text and "The paper's formulas are for" not in text
     assert "bytes of the fixed stream beside its cache" in text

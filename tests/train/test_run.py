@@ -20,6 +20,7 @@ from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.restore import restore_model
 from deconstruct.run.workdir import Workdir
 from deconstruct.train.loop import train
+from deconstruct.train.resume import check_same_run, make_meta
 from deconstruct.types import UserError
 from tests.tiny import tiny_config
 
@@ -99,11 +100,24 @@ def test_the_plan_may_change_between_writing_and_reading(whole, prepared, tmp_pa
         ({"batch_size": 16}, r"config.batch_size=16, but .* with 8"),
         ({"layout": "odd"}, r"config.layout=standard,fixed_seq_qk,.* but .* fixed_seq_qk,standard"),
         ({"model": {"intermediate_size": 32}}, r"config.model.intermediate_size=32, but .* with 24"),
+        ({"model": {"head_dim": 8}}, r"config.model.head_dim=8, but .* with 4"),
     ],
 )
 def test_another_run_is_refused_by_naming_the_difference(whole, prepared, change, message):
     with pytest.raises(UserError, match=message):
         train(run_config(prepared, **change), whole)
+
+
+def test_what_zero_stands_for_may_be_spelled_out():
+    """0 key heads are as many as heads, 0 of a head's width is hidden_size / num_heads: 16 / 4."""
+    plain, explicit = tiny_config(), tiny_config({"num_kv_heads": 4, "head_dim": 4})
+    for saved, now in ((plain, explicit), (explicit, plain)):
+        check_same_run(now, make_meta(saved, 3, "data", "tokenizer"), "data", "tokenizer")
+    old = plain.to_dict()
+    del old["model"]["head_dim"]  # a run from before there was such a key
+    check_same_run(explicit, make_meta(plain, 3, "data", "tokenizer") | {"config": old}, "data", "tokenizer")
+    with pytest.raises(UserError, match=r"config.model.num_kv_heads=2, but this workdir holds a run with 4"):
+        check_same_run(tiny_config({"num_kv_heads": 2}), make_meta(plain, 3, "d", "t"), "d", "t")
 
 
 def test_other_data_is_refused(whole, other_prepared):
