@@ -55,39 +55,47 @@ def self_gate_attention(
     size = min(chunk, length)
     head_axes = (kv_heads, heads // kv_heads)
     scores = reference.gate_scores(q, k).reshape(batch, *head_axes, length)
-    scores = grouped.cut(scores, 3, size, fill=-jnp.inf)  # b k g t s
+    scores = jnp.moveaxis(grouped.cut(scores, 3, size, fill=-jnp.inf), 3, 2)  # b k t g s
     values = grouped.cut(grouped.split_values(v, batch), 2, size)  # b k t s n e
+    # w = rows x dv and, in the matmul, r = groups x positions: six axes are the most there are. A product of arrays
+    # of seven axes, summed over the fifth, as the gradient of `decay * past` was, ends the process on CPUs that have
+    # AVX2 without AVX-512 (XLA's YNNPACK fusions, jax 0.10.2).
+    values = values.reshape(*values.shape[:4], -1)
     own = grouped.split_rows(state.values, batch)
-    own = own.reshape(*own.shape[:2], *head_axes, dv).transpose(0, 2, 3, 1, 4)  # b k g n e
+    own = own.reshape(*own.shape[:2], *head_axes, dv).transpose(0, 2, 3, 1, 4).reshape(batch, *head_axes, -1)
     before, highest = _running_maximum(scores, state.highest.reshape(batch, *head_axes))
+    decay = jnp.exp(before - highest)
     mask = grouped.causal_mask(size, size)
-    weights = jnp.exp(jnp.where(mask, scores[..., None, :] - highest[..., :, None], -jnp.inf))
-    within = grouped.contract("bkgtls,bktsne->bkgtlne", weights.astype(v.dtype), values)
+    weights = jnp.exp(jnp.where(mask, scores[..., None, :] - highest[..., :, None], -jnp.inf))  # b k t g l s
     sums = weights.sum(-1)
+    flat = weights.astype(v.dtype).reshape(*weights.shape[:3], -1, size)
+    within = grouped.contract("bktrs,bktsw->bktrw", flat, values).reshape(*sums.shape, -1)  # b k t g l w
     carry = (state.sums.reshape(batch, *head_axes), own)
     # The last row of a chunk holds the chunk's totals, relative to the maximum up to there.
-    steps = (jnp.exp(before - highest[..., -1]), sums[..., -1], within[..., -1, :, :])
+    steps = (decay[..., -1], sums[..., -1], within[..., -1, :])
     (last_sums, last_values), (past_sums, past_values) = jax.lax.scan(
-        _next_chunk, carry, tuple(jnp.moveaxis(x, 3, 0) for x in steps)
+        _next_chunk, carry, tuple(jnp.moveaxis(x, 2, 0) for x in steps)
     )
-    decay = jnp.exp(before[..., None] - highest)
-    sums += decay * jnp.moveaxis(past_sums, 0, 3)[..., None]
-    within += decay[..., None, None] * jnp.moveaxis(past_values, 0, 3)[..., None, :, :]
-    out = grouped.join((within / sums[..., None, None]).astype(v.dtype), 3, length)
+    sums += decay * jnp.moveaxis(past_sums, 0, 2)[..., None]
+    within += decay[..., None] * jnp.moveaxis(past_values, 0, 2)[..., None, :]
+    out = jnp.moveaxis((within / sums[..., None]).astype(v.dtype), 2, 3)  # b k g t l w
+    out = grouped.join(out, 3, length).reshape(batch, *head_axes, length, -1, dv)
+    last_values = last_values.reshape(batch, *head_axes, -1, dv)
     return grouped.merge_results(out), SelfGateState(
-        highest=highest[..., -1, -1].reshape(batch, heads),
+        highest=highest[:, :, -1, :, -1].reshape(batch, heads),
         sums=last_sums.reshape(batch, heads),
         values=last_values.transpose(0, 3, 1, 2, 4).reshape(v.shape[0], heads, dv),
     )
 
 
 def _running_maximum(scores: jax.Array, highest: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The maximum before each chunk [b, k, g, t], and up to each position [b, k, g, t, s]. Not differentiated."""
+    """Of scores [b, k, t, g, s], the maximum before each chunk [b, k, t, g, 1] and up to each position. Not
+    differentiated."""
     scores, highest = jax.lax.stop_gradient((scores, highest))
     within = jax.lax.cummax(scores, axis=4)
-    before = jnp.concatenate([highest[..., None], within[..., :-1, -1]], axis=3)
-    before = jax.lax.cummax(before, axis=3)
-    return before, jnp.maximum(before[..., None], within)
+    before = jnp.concatenate([highest[:, :, None], within[:, :, :-1, :, -1]], axis=2)
+    before = jax.lax.cummax(before, axis=2)[..., None]
+    return before, jnp.maximum(before, within)
 
 
 def _next_chunk(
@@ -95,4 +103,4 @@ def _next_chunk(
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     sums, values = carry
     decay, chunk_sums, chunk_values = step
-    return (sums * decay + chunk_sums, values * decay[..., None, None] + chunk_values), carry
+    return (sums * decay + chunk_sums, values * decay[..., None] + chunk_values), carry
