@@ -10,14 +10,21 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from deconstruct.kernels import reference, self_gate, softmax, taylor, taylor_diagonal
+from deconstruct.kernels.mask import CAUSAL, Mask
 from deconstruct.types import UserError
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+class Kernel(Protocol):
+    """(q, k, v) -> out under a mask; one that cannot serve a mask raises ValueError, which names what it cannot."""
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, *, mask: Mask = CAUSAL) -> jax.Array: ...
+
 
 IMPLS = ("auto", "reference", "xla", "cudnn", "pallas")
 CUDNN_HEAD_DIM = 128
@@ -25,14 +32,29 @@ CUDNN_HEAD_DIM = 128
 _log = logging.getLogger(__name__)
 
 
-def _reference(weights: Callable[[jax.Array, jax.Array], jax.Array]) -> Kernel:
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return reference.apply_weights(weights(q, k), v)
+def _reference(weights: Callable[..., jax.Array]) -> Kernel:
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = CAUSAL) -> jax.Array:
+        return reference.apply_weights(weights(q, k, mask), v)
 
     return kernel
 
 
-def _cudnn_softmax(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _causal_only(form: str, kernel: Callable[..., jax.Array]) -> Kernel:
+    def checked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = CAUSAL) -> jax.Array:
+        if not mask.is_causal:
+            raise ValueError(f"'{form}' serves neither documents nor a window")
+        return kernel(q, k, v)
+
+    return checked
+
+
+def _self_gate(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = CAUSAL) -> jax.Array:
+    return self_gate.self_gate_attention(q, k, v, mask=mask)[0]
+
+
+def _cudnn_softmax(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = CAUSAL) -> jax.Array:
+    if not mask.is_causal:
+        raise UserError("impl 'cudnn' serves neither documents nor a window; use impl 'xla'")
     if q.shape[0] != v.shape[0]:
         raise UserError(
             f"impl 'cudnn' needs q, k and v of one batch, got {q.shape[0]} and {v.shape[0]}: "
@@ -60,13 +82,12 @@ _KERNELS: dict[str, dict[str, Kernel]] = {
     },
     "taylor": {"reference": _reference(reference.taylor_weights), "xla": taylor.taylor_attention},
     "taylor_diagonal": {
-        "reference": _reference(reference.taylor_diagonal_weights),
-        "xla": lambda q, k, v: taylor_diagonal.taylor_diagonal_attention(q, k, v)[0],
+        "reference": _causal_only(
+            "taylor_diagonal", lambda q, k, v: reference.apply_weights(reference.taylor_diagonal_weights(q, k), v)
+        ),
+        "xla": _causal_only("taylor_diagonal", lambda q, k, v: taylor_diagonal.taylor_diagonal_attention(q, k, v)[0]),
     },
-    "self_gate": {
-        "reference": _reference(reference.self_gate_weights),
-        "xla": lambda q, k, v: self_gate.self_gate_attention(q, k, v)[0],
-    },
+    "self_gate": {"reference": _reference(reference.self_gate_weights), "xla": _self_gate},
 }
 
 
@@ -78,6 +99,8 @@ def resolve(
     head_dim: int | None = None,
 ) -> Kernel:
     """The kernel (q, k, v) -> out of a form: q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] to [Bv, L, H, dv].
+
+    It takes `mask` as a keyword too: documents and windows, where the form and the impl serve them.
 
     `platform` (cpu, gpu, tpu) is that of the default backend unless given. `dtype` and `head_dim`, where known, are
     checked now; cudnn checks its inputs again when called, and there also that q and v have one batch. UserError for
