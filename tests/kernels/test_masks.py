@@ -9,9 +9,8 @@ import numpy as np
 import oracle
 import pytest
 
-from deconstruct.kernels import dispatch, query_chunks, reference, self_gate, softmax, taylor
+from deconstruct.kernels import query_chunks, reference, self_gate, softmax, taylor
 from deconstruct.kernels.mask import CAUSAL, Mask
-from deconstruct.types import UserError
 
 # With chunks of 32: borders within a chunk and on a chunk's, and documents of one position.
 SHAPE = (2, 2, 63, 4, 2, 8, 6)
@@ -196,14 +195,3 @@ def test_what_cannot_be_served_is_refused():
         reference.softmax_weights(q, k, Mask(jnp.zeros((2, 7), jnp.int32)))
     with pytest.raises(ValueError, match="a window of 0"):
         Mask(window=0)
-    with pytest.raises(ValueError, match="'taylor_diagonal' serves neither documents nor a window"):
-        dispatch.resolve("taylor_diagonal")(q, k, v, mask=Mask(window=5))
-    with pytest.raises(UserError, match="'cudnn' serves neither documents nor a window"):
-        dispatch.resolve("softmax", "cudnn", "gpu")(q, k, v, mask=Mask(window=5))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_dispatched_kernels_take_the_mask(form):
-    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in oracle.inputs(SHAPE))
-    fast, slow = (jax.jit(dispatch.resolve(form, impl))(q, k, v, mask=DOCUMENTS) for impl in ("auto", "reference"))
-    oracle.assert_near(np.asarray(fast), np.asarray(slow), 2 * oracle.FLOAT32)  # two float32 programs
