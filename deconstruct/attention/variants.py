@@ -12,7 +12,12 @@ from flax import nnx
 from deconstruct.attention import gated_mlp  # noqa: F401
 from deconstruct.attention.attention import Attention
 from deconstruct.attention.form import Form
-from deconstruct.attention.forms import self_gate, softmax, taylor, taylor_diagonal  # noqa: F401
+from deconstruct.attention.forms import (  # noqa: F401
+    self_gate,
+    softmax,
+    taylor,
+    taylor_diagonal,
+)
 from deconstruct.attention.mixer import Mixer
 from deconstruct.attention.registry import FORMS, MIXERS, SOURCES, VARIANTS
 from deconstruct.attention.source import Source
