@@ -48,9 +48,11 @@ def test_flops_are_those_of_the_programs(name):
     takes."""
     config = sized(name)
     check_dense(config, name)
-    needed = programs.abstract_block(config, name).mixer.flops(1, 2048).needed
+    mixer = programs.abstract_block(config, name).mixer
+    needed = mixer.flops(1, 2048).needed
     found = programs.counted_flops(programs.mixer_program(config, name, 1, 2048))
-    assert 0.95 * needed < found < 1.2 * needed
+    # A band is computed in chunks as wide as itself, twice its cells; the projections are beside it.
+    assert 0.95 * needed < found < (1.4 if mixer.reach else 1.2) * needed
     # At the width of 500m: adding to a state is element-wise, and small beside the projections.
     check_decoding(sized(name, hidden_size=896, num_heads=14), name)
 
