@@ -17,6 +17,7 @@ from deconstruct.attention.forms import (  # noqa: F401
     softmax,
     taylor,
     taylor_diagonal,
+    window,
 )
 from deconstruct.attention.mixer import Mixer
 from deconstruct.attention.registry import FORMS, MIXERS, SOURCES, VARIANTS
