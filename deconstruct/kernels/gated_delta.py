@@ -162,6 +162,6 @@ def _invert_rows(n: jax.Array) -> jax.Array:
     rows = jnp.broadcast_to(jnp.eye(1, size, dtype=n.dtype), (*n.shape[:-2], 1, size))
     for i in range(1, size):
         unit = jnp.eye(1, size, k=i, dtype=n.dtype)
-        row = unit - (n[..., i, :i, None] * rows).sum(-2, keepdims=True)
+        row = jnp.broadcast_to(unit, rows[..., :1, :].shape) - (n[..., i, :i, None] * rows).sum(-2, keepdims=True)
         rows = jnp.concatenate([rows, row], axis=-2)
     return rows
