@@ -13,6 +13,7 @@ from deconstruct.attention import gated_mlp  # noqa: F401
 from deconstruct.attention.attention import Attention
 from deconstruct.attention.form import Form
 from deconstruct.attention.forms import (  # noqa: F401
+    gated_delta,
     gated_linear,
     self_gate,
     softmax,
