@@ -32,7 +32,8 @@ table: $(INSTALLED)
 # Beside Hugging Face transformers and flash-linear-attention: the tests that need them, then speed, in one run each.
 peers: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers]'
-	$(VENV)/bin/python -m pytest -n 2 tests/interop/test_peers.py tests/kernels/test_based.py
+	$(VENV)/bin/python -m pytest -n 2 tests/interop/test_peers.py tests/kernels/test_based.py \
+	  tests/kernels/test_gated_peers.py
 	$(DECONSTRUCT) bench --peers
 	$(DECONSTRUCT) bench generate --peers
 
