@@ -99,7 +99,7 @@ def _step(s: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Ar
     """One chunk, q [b, K, C, G, dh], k and log_decay [b, K, C, dh], v [b, K, C, w]: the state [b, K, dh, w] after it,
     and what it reads [b, K, C, G, w] from itself and from the state before."""
     q, k, v, log_decay = chunk
-    batch, kv_heads, _, _, dh = q.shape
+    batch, kv_heads, *_, dh = q.shape
     within, into, out = _within(q, k, v, jnp.exp(log_decay))
     rows = (q * into[:, :, :, None]).astype(q.dtype).reshape(batch, kv_heads, -1, dh)
     before = grouped.contract("bkrd,bkdw->bkrw", rows, s.astype(q.dtype))
@@ -168,3 +168,28 @@ def _weighted(x: jax.Array, decay: jax.Array, dh: int) -> jax.Array:
     batch, blocks, size = decay.shape[:3]
     x = (x.reshape(batch, blocks, size, -1, dh) * decay[:, :, :, None]).astype(x.dtype)
     return x.reshape(batch, blocks, -1, dh)
+
+
+def gated_linear_flops(
+    length: int, heads: int, kv_heads: int, dh: int, dv: int, rows: int = 1, chunk: int = CHUNK
+) -> float:
+    """Matmul FLOPs of `gated_linear_attention`, forward, for one map that serves `rows` = Bv / Bq sequences.
+
+    With C positions a chunk, c = min(16, C), w = rows dv, for each position (of whole chunks) and head: 2 dh w to read
+    the state, (C - c) (dh + w) for the blocks below the diagonal, 2 c (log2(c) dh + w) for those on it; and 2 dh w for
+    each kv head to add to the state.
+    """
+    if length == 1:
+        return gated_linear_decode_flops(heads, kv_heads, dh, dv, rows)
+    size, width = recurrent_chunks.chunk_size(chunk, length), rows * dv
+    block = min(_BLOCK, size)
+    levels = block.bit_length() - 1
+    within = (size - block) * (dh + width) + 2 * block * (levels * dh + width)
+    state = 2 * dh * width * (heads + kv_heads)
+    return float(-(-length // size) * size * (state + within * heads))
+
+
+def gated_linear_decode_flops(heads: int, kv_heads: int, dh: int, dv: int, rows: int = 1) -> float:
+    """FLOPs of one more token for one map: q against the state, and the outer product added to it (which is
+    element-wise, 2 dh w; that the state decays, dh w for each kv head, is not counted)."""
+    return 2.0 * dh * rows * dv * (heads + kv_heads)

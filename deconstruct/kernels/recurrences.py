@@ -72,7 +72,7 @@ def _rows(update: _Update, q: jax.Array, k: jax.Array, *gates: jax.Array) -> jax
     """The rows of the map, one position after the other; `update(state, (k_t, e_t, gates...))` is the state after t."""
     batch, length, kv_heads, dh = k.shape
     queries = jnp.moveaxis(grouped.split_queries(q, kv_heads), 3, 0)  # l b k g d
-    keys, *moved = (jnp.moveaxis(x, 1, 0) for x in (k, *gates))
+    keys, *others = (jnp.moveaxis(x, 1, 0) for x in (k, *gates))
     units = jnp.eye(length, dtype=k.dtype)[:, None, None, None]
 
     def step(s: jax.Array, at: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -81,5 +81,5 @@ def _rows(update: _Update, q: jax.Array, k: jax.Array, *gates: jax.Array) -> jax
         return s, grouped.exactly("bkgd,bkdj->bkgj", query, s)
 
     start = jnp.zeros((batch, kv_heads, dh, length), k.dtype)
-    _, rows = jax.lax.scan(step, start, (queries, keys, units, *moved))  # l b k g j
+    _, rows = jax.lax.scan(step, start, (queries, keys, units, *others))  # l b k g j
     return jnp.moveaxis(rows, 0, 3).reshape(batch, q.shape[2], length, length) * dh**-0.5

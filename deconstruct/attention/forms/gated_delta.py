@@ -12,6 +12,7 @@ short convolutions and its output gate are left out. No RoPE. Time B L d (dh + c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,7 +37,6 @@ class GatedDelta(Form):
     normalised = False
     uses_rope = False
     documents = True
-    overhead = "the maps within chunks of 64 positions and the inverse that orders their corrections"
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, heads = config.hidden_size, config.kv_heads
@@ -67,15 +67,21 @@ class GatedDelta(Form):
     def flops(self, shape: Shape) -> Flops:
         # The map from states with a column for each position, then applied to the values.
         pairs = 2.0 * shape.length**2 * shape.heads * shape.head_dim
-        return Flops(pairs * (shape.qk_batch + shape.batch), shape.length * self.decode_flops(shape).needed)
+        return Flops(
+            pairs * (shape.qk_batch + shape.batch), _each_map(shape, gated_delta.gated_delta_flops, shape.length)
+        )
 
     def decode_flops(self, shape: Shape) -> Flops:
-        # The state dh x (batch dh), read with the key and written for each key head, read for each query head.
-        state = 2.0 * shape.batch * shape.head_dim**2
-        return Flops.exactly(state * (2 * shape.kv_heads + shape.heads))
+        return Flops.exactly(_each_map(shape, gated_delta.gated_delta_decode_flops))
 
     def read_flops(self, tokens: int) -> float:
         return 2.0 * tokens * self.per_token
+
+
+def _each_map(shape: Shape, flops: Callable[..., float], *length: int) -> float:
+    """The kernel's own count for one map and the sequences it serves, for all maps."""
+    sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.head_dim)
+    return shape.qk_batch * flops(*length, *sizes, rows=shape.batch // shape.qk_batch)
 
 
 def _mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, log_decay: jax.Array, beta: jax.Array) -> jax.Array:

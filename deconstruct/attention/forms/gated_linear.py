@@ -12,6 +12,7 @@ B L d (dh + chunk); state dh^2 numbers per head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,7 +37,6 @@ class GatedLinear(Form):
     normalised = False
     uses_rope = False
     documents = True
-    overhead = "the map within chunks of 64 positions, formed block by block, all cells of a block"
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, rank: int = 16):
         if rank < 1:
@@ -64,15 +64,21 @@ class GatedLinear(Form):
     def flops(self, shape: Shape) -> Flops:
         # The map from states with a column for each position, then applied to the values.
         pairs = 2.0 * shape.length**2 * shape.heads * shape.head_dim
-        return Flops(pairs * (shape.qk_batch + shape.batch), shape.length * self.decode_flops(shape).needed)
+        return Flops(
+            pairs * (shape.qk_batch + shape.batch), _each_map(shape, gated_linear.gated_linear_flops, shape.length)
+        )
 
     def decode_flops(self, shape: Shape) -> Flops:
-        # The state dh x (batch dh), written for each key head and read for each query head.
-        state = 2.0 * shape.batch * shape.head_dim**2
-        return Flops.exactly(state * (shape.kv_heads + shape.heads))
+        return Flops.exactly(_each_map(shape, gated_linear.gated_linear_decode_flops))
 
     def read_flops(self, tokens: int) -> float:
         return 2.0 * tokens * self.per_token
+
+
+def _each_map(shape: Shape, flops: Callable[..., float], *length: int) -> float:
+    """The kernel's own count for one map and the sequences it serves, for all maps."""
+    sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.head_dim)
+    return shape.qk_batch * flops(*length, *sizes, rows=shape.batch // shape.qk_batch)
 
 
 def _mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, log_decay: jax.Array) -> jax.Array:
