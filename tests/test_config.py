@@ -88,6 +88,23 @@ def test_the_sizes_of_the_paper_can_be_built(size, variant, width):
     assert accounting.parameters(config)["total"] == total
 
 
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "layers", "heads", "tied", "total"),
+    [
+        (1024, 3072, 28, 16, True, 596_049_920),
+        (2560, 9728, 36, 32, True, 4_022_468_096),
+        (5120, 25_600, 64, 64, False, 32_762_123_264),
+    ],
+    ids=["0.6B", "4B", "32B"],
+)
+def test_the_shapes_of_qwen3(hidden, intermediate, layers, heads, tied, total):
+    """With 8 key heads of 128, whatever the width; the totals are those of Qwen3ForCausalLM in transformers."""
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_layers": layers, "num_heads": heads}
+    rest = {"num_kv_heads": 8, "head_dim": 128, "block": "qwen3", "tie_embeddings": tied, "vocab_size": 151_936}
+    config = load_config(BASE, **{f"model.{key}": value for key, value in (sizes | rest).items()}).model
+    assert accounting.parameters(config)["total"] == total
+
+
 def test_defaults_of_the_paper():
     assert load_config(PAPER).layout == "uniform"
     assert load_config(f"{PAPER}:variant=mlp").layout == "even"
