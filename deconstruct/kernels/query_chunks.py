@@ -44,10 +44,10 @@ def default_chunk(length: int, window: int | None = None) -> int:
     """Eight chunks a sequence, but none below 128 (small matmuls are slow) nor above 1024 (its map would be large).
 
     Nor above a window, where that is 128 or more: a chunk reads chunk + window - 1 keys, and each query sees `window`
-    of them, so that at most half of the cells are in vain.
+    of them, so that at most half of the cells are in vain. But 64 chunks at most: each is compiled by itself.
     """
     chunk = min(max(128, -(-length // 8)), 1024)
-    return chunk if window is None else min(chunk, max(128, window))
+    return chunk if window is None else min(chunk, max(128, window, -(-length // 64)))
 
 
 def mix(

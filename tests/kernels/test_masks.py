@@ -168,6 +168,7 @@ def test_a_window_is_all_that_is_read(path):
 def test_the_chunk_under_a_window_bounds_what_is_read_in_vain():
     assert query_chunks.default_chunk(8192) == 1024
     assert [query_chunks.default_chunk(8192, window) for window in (16, 512, 4096)] == [128, 512, 1024]
+    assert query_chunks.default_chunk(32768, 16) == 512  # 64 chunks to compile, not 256
 
 
 def test_taylor_attention_takes_a_mask_on_both_paths():
