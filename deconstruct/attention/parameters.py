@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -34,7 +35,9 @@ def mlp_width(config: ModelConfig, name: str) -> int:
     """
     if not config.match_parameters:
         return config.intermediate_size
-    surplus = mixer_parameters(config, name) - mixer_parameters(config, STANDARD)
+    # What programs and masks a standard layer could have is no matter: it is counted, and is not in the model.
+    plain = dataclasses.replace(config, impl="auto", document_mask=False)
+    surplus = mixer_parameters(config, name) - mixer_parameters(plain, STANDARD)
     width = config.intermediate_size - round(surplus / (3 * config.hidden_size))
     if width < 1:
         raise UserError(
