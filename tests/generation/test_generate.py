@@ -30,6 +30,7 @@ def tiny_model(name, vocabulary, length=160, layout="even"):
     return build_model(tiny_config(sizes, variant=name, layout=layout, sequence_length=length).model, seed=2)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("layout", ["uniform", "even"])
 @pytest.mark.parametrize("name", PAPER_NAMES)
 def test_greedy_is_the_same_with_and_without_a_cache(name, layout, text):
