@@ -3,18 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 INSTALLED := $(VENV)/installed-$(VERSION)
+PEERS := $(VENV)/peers-$(VERSION)
 DECONSTRUCT := $(VENV)/bin/deconstruct
 
-.PHONY: quickstart test lint table peers clean
+.PHONY: quickstart test proof lint table peers clean
 
 quickstart: $(INSTALLED)
 	$(DECONSTRUCT) prepare --output=prepared/quickstart --vocab-size=1024 --row-length=256 --max-characters=4000000
 	$(DECONSTRUCT) train --config=configs/quickstart.py --workdir=runs/quickstart
 	$(DECONSTRUCT) evaluate --workdir=runs/quickstart --contexts=32,256
-	$(VENV)/bin/python -m deconstruct.evaluate.report --workdir=runs/quickstart
+	$(DECONSTRUCT) report runs/quickstart
 
 test: $(INSTALLED) lint
 	$(VENV)/bin/python -m pytest -n 2 tests
+
+# What is long and real: processes that are killed, clusters of processes, and other projects' programs beside ours.
+proof: $(INSTALLED) $(PEERS)
+	DECONSTRUCT_PROOF=1 $(VENV)/bin/python -m pytest -n 2 tests -m proof --durations=20
 
 # Perplexity of every variant at a small size, on the .txt files in TEXT. About an hour on two cores.
 TEXT ?= novels
@@ -27,12 +32,10 @@ table: $(INSTALLED)
 	  $(DECONSTRUCT) train --config=configs/small.py:variant=$${run%-*},layout=$${run#*-} --workdir=runs/table/$$run; \
 	  $(DECONSTRUCT) evaluate --workdir=runs/table/$$run --contexts=16,64,256; \
 	done
-	$(VENV)/bin/python -m deconstruct.evaluate.table runs/table
+	$(DECONSTRUCT) table runs/table
 
-# Beside Hugging Face transformers and flash-linear-attention: the tests that need them, then speed, in one run each.
-peers: $(INSTALLED)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers]'
-	$(VENV)/bin/python -m pytest -n 2 tests/interop/test_peers.py tests/kernels/test_based.py
+# Speed beside Hugging Face transformers, in one run each.
+peers: $(INSTALLED) $(PEERS)
 	$(DECONSTRUCT) bench --peers
 	$(DECONSTRUCT) bench generate --peers
 
@@ -44,6 +47,10 @@ lint: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(PEERS): $(INSTALLED)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	touch $@
 
 clean:

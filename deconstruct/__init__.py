@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from deconstruct.attention.source import Source as Source
     from deconstruct.experiment import load_config as load_config
     from deconstruct.kernels.mask import Mask as Mask
+    from deconstruct.kernels.reference import apply_weights as apply_weights
+    from deconstruct.kernels.reference import logits as logits
     from deconstruct.layers import Linear as Linear
     from deconstruct.layers import constant_param as constant_param
     from deconstruct.layers import normal_param as normal_param
@@ -45,6 +47,8 @@ _HOMES = {
     "Flops": "deconstruct.attention.form",
     "Shape": "deconstruct.attention.form",
     "Mask": "deconstruct.kernels.mask",
+    "logits": "deconstruct.kernels.reference",
+    "apply_weights": "deconstruct.kernels.reference",
     "Mixer": "deconstruct.attention.mixer",
     "Attention": "deconstruct.attention.attention",
     "Context": "deconstruct.attention.mixer",

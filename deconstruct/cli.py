@@ -15,7 +15,9 @@ from deconstruct.types import UserError
 VERBS = {
     "prepare": ("deconstruct.data.prepare", "turn text into a tokenizer and packed training rows"),
     "train": ("deconstruct.train.loop", "train, or resume, a model from a config file"),
-    "evaluate": ("deconstruct.evaluate.follower", "measure perplexity of a run's checkpoints"),
+    "evaluate": ("deconstruct.evaluate.follower", "measure a run's checkpoints: perplexity and other tasks"),
+    "report": ("deconstruct.evaluate.report", "say in a few lines what a run has learned"),
+    "table": ("deconstruct.evaluate.table", "show runs side by side: perplexity by context, and what differs"),
     "describe": ("deconstruct.costs.describe", "show a config's layers, parameters, FLOPs and cache, without training"),
     "generate": ("deconstruct.generation.command", "continue prompts with a run's model"),
     "import": (

@@ -42,6 +42,7 @@ class ModelConfig:
     num_layers: int = 6
     num_heads: int = 8
     num_kv_heads: int = 0  # 0: as many as heads (MHA)
+    head_dim: int = 0  # width of a head; 0: hidden_size / num_heads
     vocab_size: int = 0  # 0: the tokenizer's of `data`; Pythia's 50,277 where nothing is prepared
     tie_embeddings: bool = True
     rope_theta: float = 1e6
@@ -67,8 +68,8 @@ class ModelConfig:
         return self.num_kv_heads or self.num_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def padded_vocab(self) -> int:
@@ -254,7 +255,7 @@ def _check_values(config: Config) -> None:
     for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
         require(getattr(model, key) >= 1, f"model.{key}", getattr(model, key), "must be at least 1")
     require(model.end_of_text >= -1, "model.end_of_text", model.end_of_text, "expected an id, or -1: the tokenizer's")
-    for key in ("num_kv_heads", "vocab_size", "fixed_length", "init_std", "fixed_std"):
+    for key in ("num_kv_heads", "head_dim", "vocab_size", "fixed_length", "init_std", "fixed_std"):
         require(getattr(model, key) >= 0, f"model.{key}", getattr(model, key), "must not be negative")
     require(config.variant != "", "variant", "", "expected a name, such as standard")
     for key in ("rope_theta", "norm_epsilon"):
@@ -264,16 +265,23 @@ def _check_values(config: Config) -> None:
     require(model.block in ("qwen2", "qwen3"), "model.block", model.block, "expected qwen2 or qwen3")
     require(model.dtype in ("float32", "bfloat16"), "model.dtype", model.dtype, "expected float32 or bfloat16")
     require(
-        model.hidden_size % model.num_heads == 0,
+        model.head_dim != 0 or model.hidden_size % model.num_heads == 0,
         "model.num_heads",
         model.num_heads,
-        f"does not divide model.hidden_size={model.hidden_size}; {_divisors(model.hidden_size, model.num_heads)} would",
+        f"does not divide model.hidden_size={model.hidden_size}; "
+        f"{_divisors(model.hidden_size, model.num_heads)} would, or any number with a model.head_dim that is not 0",
     )
     require(
         model.head_dim % 2 == 0,
+        "model.head_dim",
+        model.head_dim,
+        f"is odd, which RoPE cannot rotate; {model.head_dim + 1} would do",
+    )
+    require(
+        model.head_size % 2 == 0,
         "model.num_heads",
         model.num_heads,
-        f"gives heads of the odd width {model.head_dim}, which RoPE cannot rotate",
+        f"gives heads of the odd width {model.head_size}, which RoPE cannot rotate; an even model.head_dim would do",
     )
     require(
         model.num_heads % model.kv_heads == 0,

@@ -8,6 +8,7 @@ again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import sys
 import traceback
@@ -20,7 +21,9 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from deconstruct.attention.extensions import code_of, load_extension
-from deconstruct.config import Config, complete, describe_type, known_keys, unknown_key
+from deconstruct.attention.variants import fixed_source, reads_fixed_text
+from deconstruct.config import Config, ModelConfig, complete, describe_type, known_keys, unknown_key
+from deconstruct.layout import STANDARD
 from deconstruct.model.language_model import check_model
 from deconstruct.spelling import split_list
 from deconstruct.types import UserError
@@ -71,7 +74,41 @@ def resolve(config: ConfigDict) -> Config:
     for path in split_list(completed.extensions):
         load_extension(path, "config.extensions")
     check_model(completed.model)
-    return completed.replace(code=code_of(completed.model.layers))
+    _check_nothing_is_ignored(completed, config.get("model", ConfigDict()))
+    code = code_of(completed.model.layers)
+    return completed.replace(model=_without_what_nothing_reads(completed), code=code)
+
+
+def _without_what_nothing_reads(config: Config) -> ModelConfig:
+    """Values that follow from others are filled in only where something reads them."""
+    model = config.model
+    if fixed_source(model.layers) is None:
+        model = dataclasses.replace(model, fixed_length=0)
+    return model if config.document_mask or not config.border_loss else dataclasses.replace(model, end_of_text=-1)
+
+
+def _check_nothing_is_ignored(config: Config, given: ConfigDict) -> None:
+    """Raises UserError for a setting that was changed and that nothing in this combination reads. `given`: the group
+    `model` before what is derived was filled in."""
+    source = fixed_source(config.model.layers)
+    borders = config.document_mask or not config.border_loss
+    readers = {
+        "fixed_length": (source is not None, "no layer reads a fixed stream"),
+        "fixed_std": (source == "fixed_random", "no layer reads fixed_random"),
+        "fixed_text": (reads_fixed_text(config.model.layers), "no layer reads fixed_text"),
+        "end_of_text": (borders, "neither document_mask=true nor border_loss=false asks for it"),
+    }
+    for key, (read, why) in readers.items():
+        default = getattr(ModelConfig(), key)
+        value = given.get(key, default)
+        if not read and value not in (default, config.sequence_length if key == "fixed_length" else default):
+            raise UserError(f"config.model.{key}={value}: {why}, so it would be ignored; leave it at {default!r}")
+    spelled = split_list(config.layout)
+    if len(spelled) > 1 and not spelled[0].isdigit() and config.variant != STANDARD:
+        raise UserError(
+            f"config.variant={config.variant}: config.layout={config.layout} names every layer, so it would be "
+            "ignored; leave it out"
+        )
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def test_help_of_a_verb_names_its_flags(program, verb):
     assert status == 0 and not err
     parser = argparse.ArgumentParser()
     importlib.import_module(VERBS[verb][0]).add_arguments(parser)
-    flags = [flag for action in parser._actions for flag in action.option_strings]
+    flags = [flag for action in parser._actions for flag in action.option_strings or [action.metavar or ""]]
     assert len(flags) > 2  # more than --help
     missing = [flag for flag in flags if flag not in out]
     assert not missing
@@ -58,7 +58,9 @@ def test_help_of_a_verb_names_its_flags(program, verb):
 CONTRACT = {
     "prepare": ["--input", "--output"],
     "train": ["--config", "--workdir"],
-    "evaluate": ["--workdir", "--step", "--follow", "--contexts", "--skip"],
+    "evaluate": ["--workdir", "--step", "--follow", "--tasks", "--contexts", "--skip"],
+    "report": ["DIR"],
+    "table": ["DIR"],
     "describe": ["--config", "--json"],
 }
 
@@ -102,6 +104,8 @@ MISTAKES = {
     "missing workdir": (["evaluate", "--workdir=w"], "--workdir=w: no config.json there; `deconstruct train` makes"),
     "step of all steps": (["evaluate", "--workdir=w", "--follow", "--step=3"], "--follow evaluates every step"),
     "negative poll": (["evaluate", "--workdir=w", "--follow", "--poll=-1"], "--poll=-1.0: must be positive"),
+    "report of nothing": (["report", "w"], "w: no config.json there; `deconstruct train` makes a workdir"),
+    "table of nothing": (["table", "w"], "w: there is no such folder"),
     "negative tokens": (["evaluate", "--workdir=w", "--max-tokens=-1"], "--max-tokens=-1: must not be negative"),
     "missing input": (["prepare", "--output=w", "--input=gone.txt"], "gone.txt"),
     "lonely coordinator": (
@@ -165,9 +169,9 @@ def test_describe_as_text(program):
     assert f"{found['difference_from_standard']:+,} against standard" in out
     rows = [line.split() for line in out.splitlines()[-4:]]
     assert [row[:2] for row in rows] == [["1", "mlp"], ["2", "standard"], ["3", "mlp"], ["4", "mlp"]]
-    assert rows[0][2:4] == ["66,048", "+128"] and rows[1][2:4] == ["65,920", "+0"]
+    assert rows[0][2:5] == ["66,048", "+128", "+128"] and rows[1][2:5] == ["65,920", "+0", "+0"]
     layer = found["per_layer"]
     for row, *costs in zip(rows, *(layer[key] for key in ("forward_flops", "decode_flops")), strict=True):
-        assert [float(x) for x in row[4:6]] == [float(f"{cost:.4g}") for cost in costs]
+        assert [float(x) for x in row[5:7]] == [float(f"{cost:.4g}") for cost in costs]
     for row, *sizes in zip(rows, *(layer[key] for key in ("cache_bytes", "activation_bytes")), strict=True):
-        assert row[6:] == [f"{size:,}" for size in sizes]
+        assert row[7:] == [f"{size:,}" for size in sizes]

@@ -15,10 +15,9 @@ from deconstruct.config import (
     ModelConfig,
     default_config,
     known_keys,
-    load_config,
-    resolve,
 )
 from deconstruct.costs import accounting
+from deconstruct.experiment import load_config, resolve
 from deconstruct.layout import LAYOUTS
 from deconstruct.model.language_model import abstract_model
 from deconstruct.types import UserError
@@ -53,7 +52,7 @@ def test_every_config_file_loads(path, tmp_path):
         argument = f":{tmp_path}"
     config = load_config(f"{path}{argument}")
     assert len(config.model.layers) == config.model.num_layers
-    assert config.model.fixed_length == config.sequence_length and config.model.vocab_size > 0
+    assert config.model.fixed_length == 0 and config.model.vocab_size > 0  # no layer reads a fixed stream
 
 
 @pytest.mark.parametrize("size", list(SIZES))
@@ -89,6 +88,23 @@ def test_the_sizes_of_the_paper_can_be_built(size, variant, width):
     assert accounting.parameters(config)["total"] == total
 
 
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "layers", "heads", "tied", "total"),
+    [
+        (1024, 3072, 28, 16, True, 596_049_920),
+        (2560, 9728, 36, 32, True, 4_022_468_096),
+        (5120, 25_600, 64, 64, False, 32_762_123_264),
+    ],
+    ids=["0.6B", "4B", "32B"],
+)
+def test_the_shapes_of_qwen3(hidden, intermediate, layers, heads, tied, total):
+    """With 8 key heads of 128, whatever the width; the totals are those of Qwen3ForCausalLM in transformers."""
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_layers": layers, "num_heads": heads}
+    rest = {"num_kv_heads": 8, "head_dim": 128, "block": "qwen3", "tie_embeddings": tied, "vocab_size": 151_936}
+    config = load_config(BASE, **{f"model.{key}": value for key, value in (sizes | rest).items()}).model
+    assert accounting.parameters(config)["total"] == total
+
+
 def test_defaults_of_the_paper():
     assert load_config(PAPER).layout == "uniform"
     assert load_config(f"{PAPER}:variant=mlp").layout == "even"
@@ -115,17 +131,21 @@ def test_there_and_back_through_json():
     config = load_config(PAPER, layout="1,5", variant="rnd_emb_qk", **{"model.remat": False, "mesh.tensor": 2})
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert isinstance(config.model.layers, tuple)
-    skipped = config.replace(model=dataclasses.replace(config.model, layers=(None, "mlp")))
-    assert Config.from_dict(json.loads(json.dumps(skipped.to_dict()))).model.layers == (None, "mlp")
+    skipped = config.replace(model=dataclasses.replace(config.model, without_mixers=True))
+    assert Config.from_dict(json.loads(json.dumps(skipped.to_dict()))) == skipped
     with pytest.raises(UserError, match=r"config.model.depth is unknown"):
         Config.from_dict({"model": {"depth": 3}})
 
 
 def test_values_that_follow_from_others(tmp_path):
-    assert load_config(BASE, **{"model.fixed_length": 4096}).model.fixed_length == 4096
+    fixed = load_config(BASE, variant="rnd_emb_qk", **{"model.fixed_length": 4096})
+    assert fixed.model.fixed_length == 4096
     assert load_config(BASE, **{"model.vocab_size": 100}).model.padded_vocab == 128
     assert ModelConfig(vocab_size=128).padded_vocab == 128 and ModelConfig(num_heads=8).kv_heads == 8
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 321}}))
+    assert ModelConfig(hidden_size=96, num_heads=8).head_size == 12
+    wide = load_config(BASE, **{"model.head_dim": 16, "model.num_heads": 5}).model  # 5 does not divide 512
+    assert (wide.head_size, wide.kv_heads) == (16, 5)
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 321, "end_of_text": 2}}))
     assert load_config(BASE, data=tmp_path).model.vocab_size == 321
     assert load_config(BASE, data=tmp_path, **{"model.vocab_size": 300}).model.vocab_size == 300
 
@@ -150,10 +170,10 @@ OVERRIDES = [
 
 @pytest.mark.parametrize(("key", "said", "value"), OVERRIDES, ids=lambda x: str(x))
 def test_overrides_are_typed(key, said, value):
-    others = {"mesh.fsdp": 1}
+    others = {"mesh.fsdp": 1} | ({"variant": "rnd_emb_qk"} if key.startswith("model.fixed_") else {})
     for config in (
         load_config(BASE, **{key: said, **others}),
-        load_config(BASE, arguments=[f"--config.{key}={said}", "--config.mesh.fsdp=1"]),
+        load_config(BASE, arguments=[f"--config.{key}={said}", *(f"--config.{k}={v}" for k, v in others.items())]),
     ):
         for name in key.split("."):
             config = getattr(config, name)
@@ -169,8 +189,18 @@ def test_the_last_word_counts(file):
 
 # Key, value, message; said on the command line and, where the value has the key's type, in a file too.
 WRONG_VALUES = [
-    ("model.num_heads", 7, r"model.num_heads=7: does not divide model.hidden_size=512; 4 or 8 would"),
-    ("model.num_heads", 512, r"model.num_heads=512: gives heads of the odd width 1, which RoPE cannot rotate"),
+    (
+        "model.num_heads",
+        7,
+        r"model.num_heads=7: does not divide model.hidden_size=512; 4 or 8 would, or any number with a model.head_dim",
+    ),
+    (
+        "model.num_heads",
+        512,
+        r"model.num_heads=512: gives heads of the odd width 1, which RoPE .*; an even model.head_dim would do",
+    ),
+    ("model.head_dim", 7, r"model.head_dim=7: is odd, which RoPE cannot rotate; 8 would do"),
+    ("model.head_dim", -2, r"model.head_dim=-2: must not be negative"),
     ("model.num_kv_heads", 3, r"model.num_kv_heads=3: does not divide model.num_heads=8; 2 or 4 would"),
     ("model.num_kv_heads", 16, r"model.num_kv_heads=16: does not divide model.num_heads=8; 8 would"),
     ("model.num_kv_heads", -1, r"model.num_kv_heads=-1: must not be negative"),
@@ -307,16 +337,15 @@ def test_a_file_that_takes_no_argument():
         ("qqq", r"variant 'qqq' is unknown; expected one of standard, approximate, .*, or source/form"),
     ],
 )
-def test_an_unknown_variant_is_named_when_the_model_is_built(variant, message):
-    config = load_config(BASE, variant=variant)
+def test_an_unknown_variant_is_named_when_the_config_is_loaded(variant, message):
     with pytest.raises(UserError, match=message):
-        abstract_model(config.model)
+        load_config(BASE, variant=variant)
 
 
 def test_two_fixed_sources_are_refused_by_name():
     config = default_config()
-    config.variant, config.layout = "unused", "rnd_emb_qk,standard,mlp,fixed_text/taylor,mlp,mlp"
+    config.layout = "rnd_emb_qk,standard,mlp,fixed_text/taylor,mlp,mlp"
     with pytest.raises(
         UserError, match=r"two fixed streams, fixed_random \(rnd_emb_qk\) and fixed_text \(fixed_text/taylor\)"
     ):
-        abstract_model(resolve(config).model)
+        resolve(config)

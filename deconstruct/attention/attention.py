@@ -34,7 +34,7 @@ class Attention(Mixer):
         rngs: nnx.Rngs,
         options: Mapping[str, Any] | None = None,
     ):
-        d, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.kv_heads, config.head_dim
+        d, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.kv_heads, config.head_size
         linear = functools.partial(Linear, std=config.init_std, dtype=config.dtype, rngs=rngs)
         bias = config.block == "qwen2"
         self.q_proj = linear((d,), (heads, head_dim), ("embed", "heads", None), bias=bias)

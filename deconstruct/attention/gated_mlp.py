@@ -21,9 +21,9 @@ from deconstruct.types import Streams
 
 def attention_parameters(config: ModelConfig) -> int:
     """Parameters of a standard attention block: W_Q, W_K, W_V, W_O, with biases (qwen2) or q/k norms (qwen3)."""
-    d, kv = config.hidden_size, config.kv_heads * config.head_dim
-    extra = d + 2 * kv if config.block == "qwen2" else 2 * config.head_dim
-    return 2 * d * d + 2 * d * kv + extra
+    d, q, kv = config.hidden_size, config.num_heads * config.head_size, config.kv_heads * config.head_size
+    extra = q + 2 * kv if config.block == "qwen2" else 2 * config.head_size
+    return 2 * d * q + 2 * d * kv + extra
 
 
 def matched_width(config: ModelConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -43,7 +44,9 @@ def mlp_width(config: ModelConfig, name: str) -> int:
 
 def width_beside(config: ModelConfig, parameters: int, name: str) -> int:
     """The width that makes the parameters equal, of the MLP beside a mixer of so many; `name` is for the message."""
-    surplus = parameters - mixer_parameters(config, STANDARD)
+    # What programs and masks a standard layer could have is no matter: it is counted, and is not in the model.
+    plain = dataclasses.replace(config, impl="auto", document_mask=False)
+    surplus = parameters - mixer_parameters(plain, STANDARD)
     width = config.intermediate_size - round(surplus / (3 * config.hidden_size))
     if width < 1:
         raise UserError(

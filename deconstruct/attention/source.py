@@ -31,6 +31,7 @@ class Source:
     relaxes: ClassVar[tuple[str, ...]] = ()
     fixed: ClassVar[bool] = False  # both streams take their weights from x: one map for the whole batch
     static: ClassVar[bool] = False
+    text: ClassVar[bool] = False  # its constant holds the token ids of a text, int32 [config.fixed_length]
 
     @staticmethod
     def read(streams: Streams, static: Streams) -> Streams:
@@ -99,6 +100,7 @@ class FixedText(FixedSource):
     """
 
     name = "fixed_text"
+    text = True
 
     @staticmethod
     def constant(config: ModelConfig, key: jax.Array) -> jax.Array:

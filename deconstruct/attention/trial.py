@@ -104,7 +104,7 @@ class Trial:
 
     def tables(self, length: int, start: int = 0) -> tuple[jax.Array, jax.Array]:
         """cos and sin of `length` positions from `start` on."""
-        return rope_tables(start + jnp.arange(length), self.config.head_dim, self.config.rope_theta)
+        return rope_tables(start + jnp.arange(length), self.config.head_size, self.config.rope_theta)
 
     def streams(self, inputs: Inputs, tables: Any, mask: Mask) -> tuple[Streams, Streams, Context]:
         """What the mixer is called with."""
@@ -153,12 +153,13 @@ def _sizes(config: ModelConfig) -> Iterator[ModelConfig]:
     groups = config.num_heads // config.kv_heads
     kv_heads = min(config.kv_heads, 2)
     heads = groups * kv_heads
-    head_dim = min(config.head_dim, HEAD_DIM)
+    head_dim = min(config.head_size, HEAD_DIM)
     small = replace(
         config,
         hidden_size=heads * head_dim,
         num_heads=heads,
         num_kv_heads=kv_heads,
+        head_dim=head_dim,
         init_std=(heads * head_dim) ** -0.5,
     )
     yield replace(small, dtype="float32")

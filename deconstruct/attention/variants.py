@@ -13,7 +13,15 @@ from flax import nnx
 from deconstruct.attention import gated_mlp  # noqa: F401
 from deconstruct.attention.attention import Attention
 from deconstruct.attention.form import Form
-from deconstruct.attention.forms import self_gate, softmax, taylor, taylor_diagonal  # noqa: F401
+from deconstruct.attention.forms import (  # noqa: F401
+    gated_delta,
+    gated_linear,
+    self_gate,
+    softmax,
+    taylor,
+    taylor_diagonal,
+    window,
+)
 from deconstruct.attention.mixer import Mixer
 from deconstruct.attention.registry import FORMS, MIXERS, SOURCES, VARIANTS
 from deconstruct.attention.source import Source
@@ -159,6 +167,12 @@ def fixed_source(layers: tuple[str, ...]) -> str | None:
             "a model has at most one"
         )
     return next(iter(found), None)
+
+
+def reads_fixed_text(layers: tuple[str, ...]) -> bool:
+    """Whether the fixed stream, if there is one, starts from the ids of a text, which training puts in place."""
+    source = fixed_source(layers)
+    return source is not None and SOURCES[source].text
 
 
 def reads_static(layers: tuple[str, ...]) -> bool:

@@ -1,13 +1,15 @@
 """What a layer costs by the paper's own formulas (arXiv:2510.11602, tables 5 to 8), and where ours differ.
 
-B sequences of L positions, width d, h heads with keys and values of their own (no grouped queries), on one device.
-FLOPs count a multiply-add as two, bytes are of half precision.
+B sequences of L positions, width d, h heads of width d / h with keys and values of their own (no grouped queries), on
+one device. FLOPs count a multiply-add as two, bytes are of half precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
+
+from deconstruct.config import ModelConfig
 
 Formula = Callable[[float, float, float, float], float]  # of B, L, d, h
 
@@ -75,3 +77,16 @@ PAPER_COSTS: dict[str, PaperCosts] = {
 WITHOUT_ROW = {
     "approximate": "the row of this name is that of equations 14 to 17, which keep squares only: see taylor_diagonal"
 }
+
+
+def without_formulas(config: ModelConfig) -> str:
+    """Why the formulas do not speak of this shape, in sentences; "" where they do."""
+    reasons = []
+    if config.kv_heads != config.num_heads:
+        reasons.append("as many key heads as query heads; this configuration has fewer")
+    if (width := config.num_heads * config.head_size) != config.hidden_size:
+        reasons.append(
+            f"heads that share out the width d; this configuration has {config.num_heads} heads of "
+            f"{config.head_size}, together {width:,}, and d = {config.hidden_size:,}"
+        )
+    return " ".join(f"The paper's formulas are for {reason}." for reason in reasons)

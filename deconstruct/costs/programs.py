@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.interpreters import partial_eval
 
 from deconstruct.attention.mixer import Context
 from deconstruct.attention.variants import fixed_source, reads_static
@@ -41,6 +42,48 @@ def compiled_flops(program: Program) -> float:
     analysis = compiled.cost_analysis()
     assert analysis is not None
     return float(analysis["flops"])
+
+
+def counted_flops(program: Program) -> float:
+    """Of the matrix products of a program as it is traced, those in a loop times its length; nothing is compiled.
+
+    Element-wise work does not count. Raises ValueError where a loop's length is not known (`while`).
+    """
+    jaxpr = jax.make_jaxpr(program.function)(*_arguments(program)).jaxpr
+    # What no result depends on is not computed.
+    return _products(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _products(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, inner = equation.primitive.name, [_products(x) for x in _inside(equation.params)]
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+        elif name == "triangular_solve":
+            size = equation.invars[0].aval.shape[-1]
+            total += float(size * math.prod(equation.outvars[0].aval.shape))
+        elif name == "scan":
+            total += equation.params["length"] * sum(inner)
+        elif name == "cond":
+            total += max(inner)
+        elif name == "while" and any(inner):
+            raise ValueError("matrix products in a `while`, whose number of turns is not known")
+        else:
+            total += sum(inner)
+    return total
+
+
+def _inside(parameters: dict[str, Any]) -> Iterator[Jaxpr]:
+    """The programs that an operation holds."""
+    for value in parameters.values():
+        for x in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(x, ClosedJaxpr):
+                yield x.jaxpr
+            elif isinstance(x, Jaxpr):
+                yield x
 
 
 def kept_bytes(program: Program) -> int:
@@ -146,8 +189,7 @@ def model_prefill_program(config: ModelConfig, batch: int, length: int) -> Progr
     def run(parameters: Any, tokens: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, parameters)
         hidden, _ = model.hidden(tokens)
-        table = model.output_table().astype(hidden.dtype)
-        return jnp.einsum("bd,vd->bv", hidden[:, -1], table, preferred_element_type=jnp.float32)
+        return model.logits(hidden[:, -1:])
 
     return Program(run, parameters, (_tokens(batch, length),))
 
@@ -216,5 +258,5 @@ def _mixer_inputs(
     with_x = with_x or fixed_source((name,)) is not None
     streams = Streams(stream(batch), stream(1) if with_x else None)
     static = streams if reads_static((name,)) else Streams(None)
-    angles: Any = jax.ShapeDtypeStruct((length, config.head_dim // 2), jnp.float32)
+    angles: Any = jax.ShapeDtypeStruct((length, config.head_size // 2), jnp.float32)
     return streams, static, Context(angles, angles, Streams(None))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from deconstruct.attention.variants import find_variant, one_of_each
 from deconstruct.config import ModelConfig
 from deconstruct.costs import accounting, programs
-from deconstruct.costs.paper import PAPER_COSTS, WITHOUT_ROW
+from deconstruct.costs.paper import PAPER_COSTS, WITHOUT_ROW, without_formulas
 from deconstruct.model.decode import cache_bytes
 
 TOLERANCE = 0.05  # a compiled program further than this from its formula is explained
@@ -30,7 +30,8 @@ def costs(config: ModelConfig, batch: int, length: int) -> dict[str, Any]:
     With XLA's kernels, whatever `impl` the configuration names (but reference).
 
     FLOPs and bytes. `dense` and `needed` are formulas (see `Flops`), `dense_compiled` and `compiled` are XLA's analysis
-    of the reference and of the fast path; `paper` is None where the paper has no formula.
+    of the reference and of the fast path; `paper` is None where the paper has no formula. `without_paper` says why it
+    has none for this shape, "" where it has.
     """
     config, names = programs.traceable(config), one_of_each()
     rows = []
@@ -41,7 +42,8 @@ def costs(config: ModelConfig, batch: int, length: int) -> dict[str, Any]:
             bar.update()
         bar.set_postfix_str("the model")
         model = model_costs(config, batch, length)
-    return {"batch": batch, "sequence_length": length, "layer": rows, "model": model}
+    sizes = {"batch": batch, "sequence_length": length}
+    return {**sizes, "without_paper": without_formulas(config), "layer": rows, "model": model}
 
 
 def layer_costs(config: ModelConfig, name: str, batch: int, length: int) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def layer_costs(config: ModelConfig, name: str, batch: int, length: int) -> dict
     else:  # a mixer has one way to be computed
         prefill["dense_compiled"], train["dense_compiled"] = prefill["compiled"], train["compiled"]
     init = functools.partial(mixer.init_cache, batch, length, config.hidden_size, jnp.dtype(config.dtype))
-    paper = PAPER_COSTS.get(name) if config.kv_heads == config.num_heads else None
+    paper = None if without_formulas(config) else PAPER_COSTS.get(name)
     sizes = (batch, length, config.hidden_size, config.num_heads)
     return {
         "variant": name,
@@ -141,10 +143,10 @@ def as_text(found: dict[str, Any]) -> str:
         )
     lines.append(f"{'bytes of cache':<42}{_number(model['cache'], 1e3)}")
     lines.append(f"{'bytes of activations kept':<42}{_number(model['activations'], 1e3)}")
-    return "\n".join([*lines, "", *_notes(rows)])
+    return "\n".join([*lines, "", *_notes(rows, found["without_paper"])])
 
 
-def _notes(rows: list[dict[str, Any]]) -> list[str]:
+def _notes(rows: list[dict[str, Any]], without_paper: str) -> list[str]:
     """Why a compiled program does more than is needed, and where the paper's formulas and ours differ."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
@@ -156,14 +158,9 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
         if constants := row["cache"]["constants"]:
             what = f"decoding keeps {constants:,} bytes of the fixed stream beside its cache, for any batch"
             reasons.setdefault(what, []).append(row["variant"])
-    if all(row["cache"]["paper"] is None for row in rows):
-        first = "The paper's formulas are for as many key heads as query heads; this configuration has fewer."
-    else:
-        first = (
-            "Kept for the backward pass: the paper counts q, k, v, the result and the map; measured is all JAX keeps."
-        )
+    kept = "Kept for the backward pass: the paper counts q, k, v, the result and the map; measured is all JAX keeps."
     return [
-        first,
+        without_paper or kept,
         *(f"{', '.join(names)}: {reason}." for reason, names in reasons.items()),
     ]
 

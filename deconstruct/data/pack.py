@@ -11,6 +11,7 @@ import numpy as np
 
 from deconstruct.data.encode import Part
 from deconstruct.data.manifest import Shard, Split
+from deconstruct.data.split import last_validation_draw
 from deconstruct.types import UserError
 
 SHARD_BYTES = 128 << 20
@@ -31,15 +32,11 @@ class Totals:
 
 
 class Packer:
-    """Says which documents are validation, and writes the shards of both splits.
-
-    A document is validation where its draw is below `fraction` of 2^64; where none is, that with the smallest draw,
-    and where all are, all but that with the largest. So the split depends on the documents alone.
-    """
+    """Splits the documents, validation holding at least `fraction` of the tokens, and writes the shards of both."""
 
     def __init__(self, parts: list[Part], fraction: float, row_length: int, vocab_size: int, dtype: str):
         self._parts, self._row_length, self._vocab_size, self._dtype = parts, row_length, vocab_size, dtype
-        self._bound = _bound(parts, fraction)
+        self._last_draw = last_validation_draw(lambda: (part.table for part in parts), fraction)
         self.totals = self._count()
         for name in SPLITS:
             self._check(name, fraction)
@@ -83,7 +80,7 @@ class Packer:
             )
 
     def _is_in(self, name: str, table: np.ndarray) -> np.ndarray:
-        is_validation = table["draw"] < self._bound
+        is_validation = table["draw"] <= self._last_draw
         return is_validation if name == "validation" else ~is_validation
 
     def _stream(self, name: str) -> Iterator[np.ndarray]:
@@ -103,18 +100,6 @@ def unigram_perplexity(train: np.ndarray, validation: np.ndarray) -> float:
     """exp of the mean of -log((train[i] + 1) / (sum(train) + V)) over the validation tokens i. Counts are [V]."""
     log_probability = np.log(train + 1.0) - np.log(train.sum() + len(train))
     return float(np.exp(-(validation * log_probability).sum() / validation.sum()))
-
-
-def _bound(parts: list[Part], fraction: float) -> np.uint64:
-    bound = np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
-    least, most = np.uint64(2**64 - 1), np.uint64(0)
-    for part in parts:
-        draws = part.table["draw"]
-        if len(draws):
-            least, most = min(least, draws.min()), max(most, draws.max())
-    if least >= bound:
-        return np.uint64(min(int(least) + 1, 2**64 - 1))
-    return most if most < bound else bound
 
 
 class _RowWriter:

@@ -42,7 +42,7 @@ from deconstruct.data.manifest import (
     load_manifest,
     save_manifest,
 )
-from deconstruct.data.pack import Packer, unigram_perplexity
+from deconstruct.data.pack import SPLITS, Packer, unigram_perplexity
 from deconstruct.data.sample import Sample
 from deconstruct.data.sources import Unit, capped, documents, identity, work_units
 from deconstruct.types import UserError
@@ -288,7 +288,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--validation-fraction", type=float, default=default.validation_fraction, metavar="SHARE",
-        help="share of the documents kept for validation (default: %(default)s)",
+        help="share of the tokens kept for validation, in whole documents and so at least that (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--max-characters", type=int, metavar="N", help="use only the first N characters of the input")
     parser.add_argument(
@@ -305,9 +305,13 @@ def run(args: argparse.Namespace) -> int:
     """Runs the verb and prints what came out. Returns the exit status."""
     options = {name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__}
     manifest = prepare(PrepareOptions(**{**options, "input": tuple(args.input)}))
-    for name in ("train", "validation"):
+    tokens = sum(manifest[name]["tokens"] for name in SPLITS)
+    for name in SPLITS:
         split = manifest[name]
-        print(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['rows']:,} rows")
+        print(
+            f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens ({split['tokens'] / tokens:.2%}), "
+            f"{split['rows']:,} rows"
+        )
     print(f"tokenizer: {manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']:,} ids")
     print(f"unigram perplexity: {manifest['unigram_perplexity']:.1f}")
     print(f"prepared: {options['output']} (fingerprint {manifest['fingerprint'][:12]})")

@@ -1,13 +1,9 @@
-"""A short report on a run: what was learned, in a few lines.
-
-python -m deconstruct.evaluate.report --workdir=runs/quickstart
-"""
+"""`deconstruct report DIR`: what a run has learned, in a few lines."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 
 from deconstruct.data.manifest import load_manifest
 from deconstruct.layout import replaced_layers
@@ -16,16 +12,29 @@ from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdir", metavar="DIR", help="the folder of a run that was trained and evaluated")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    print(report(arguments.workdir))
+    return 0
+
+
 def report(workdir: str) -> str:
     """Loss before and after, and validation perplexity beside what guessing by frequency would reach."""
     run_dir = Workdir(workdir)
+    if not run_dir.config_file.exists():
+        raise UserError(f"{workdir}: no config.json there; `deconstruct train` makes a workdir")
     config = run_dir.read_config()
     logged = read_jsonl(run_dir.metrics)
-    evaluated = [r for r in read_jsonl(run_dir.evaluations) if r["metric"] == "perplexity" and not r["skip"]]
+    evaluated = [
+        record
+        for record in read_jsonl(run_dir.evaluations)
+        if (record["task"], record["metric"]) == ("perplexity", "perplexity") and not record["skip"]
+    ]
     if not logged or not evaluated:
-        raise UserError(
-            f"--workdir={workdir}: nothing to report yet; run `deconstruct train` and `deconstruct evaluate` first"
-        )
+        raise UserError(f"{workdir}: nothing to report yet; run `deconstruct train` and `deconstruct evaluate` first")
     first, last = logged[0], logged[-1]
     manifest = load_manifest(config.data)
     replaced = len(replaced_layers(config.model.layers))
@@ -42,18 +51,3 @@ def report(workdir: str) -> str:
             f"({record['text']}, {record['tokens']:,} tokens, step {latest})"
         )
     return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="What a run has learned, in a few lines.")
-    parser.add_argument("--workdir", required=True)
-    try:
-        print(report(parser.parse_args().workdir))
-    except UserError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

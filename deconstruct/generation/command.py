@@ -13,6 +13,7 @@ from etils import epath
 
 from deconstruct.data import tokenizer
 from deconstruct.generation.generator import Generator, Request, Settings
+from deconstruct.run import extensions
 from deconstruct.run.restore import restore_model
 from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=defaults.samples, metavar="N", help="texts for each prompt")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, metavar="B")
+    extensions.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,8 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     step = run_dir.step(arguments.step)
     text = tokenizer.load(run_dir.tokenizer)
     requests = list(_requests(arguments, settings, text))
+    trust = extensions.trust(arguments)
     # Unrolled: a layer's cache is then an array of its own, updated in run_dir.
-    generator = Generator(restore_model(run_dir.folder, step, scan=False), text, settings)
+    model = restore_model(run_dir.folder, step, scan=False, extension=trust.files, allow_extensions=trust.all_found)
+    generator = Generator(model, text, settings)
     alone = len(requests) == 1 and not arguments.output
     if alone:
         print(requests[0].prompt, end="", flush=True)

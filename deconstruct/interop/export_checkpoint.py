@@ -42,7 +42,7 @@ from deconstruct.interop.listing import spans
 from deconstruct.layout import STANDARD
 from deconstruct.model.placement import abstract_arrays
 from deconstruct.model.restack import to_layers
-from deconstruct.run import checkpoint
+from deconstruct.run import checkpoint, extensions
 from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
 
@@ -56,11 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=PRECISIONS, default="float32", help="bfloat16 halves the files and rounds (default float32)"
     )
+    extensions.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The verb `export`. Returns the exit status."""
-    report = export_checkpoint(arguments.workdir, arguments.output, step=arguments.step, dtype=arguments.dtype)
+    report = export_checkpoint(
+        arguments.workdir,
+        arguments.output,
+        step=arguments.step,
+        dtype=arguments.dtype,
+        trust=extensions.trust(arguments),
+    )
     print("\n".join(report))
     return 0
 
@@ -72,6 +79,7 @@ def export_checkpoint(
     step: int | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    trust: extensions.Trust = extensions.NOTHING,
 ) -> list[str]:
     """Writes a checkpoint folder; returns the lines that say what it is. One layer is in memory at a time.
 
@@ -82,6 +90,7 @@ def export_checkpoint(
     run_dir, folder = Workdir(workdir), fresh_folder("--output", output)
     step = run_dir.step(step)
     config = Config.from_dict(checkpoint.read_meta(run_dir.checkpoints, step)["config"])
+    extensions.load(run_dir, config, trust)
     groups = _groups(config)
     names = {name: entry for group in groups for name, entry in _entries(group, config, dtype).items()}
     described = {entry.name: array for entry, array in names.values()}

@@ -26,6 +26,7 @@ from deconstruct.types import UserError
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 OWN_TYPE, OWN_ARCHITECTURE, OWN_KEY = "deconstruct", "DeconstructForCausalLM", "deconstruct"
+QWEN3_HEAD_DIM = 128  # of a Qwen3Config that is not told; a Qwen2Config has no default
 FIXED = "frozen/fixed"  # the constant of a fixed source
 
 # Parts of a block -> their names in transformers, and how many axes of our kernel are inputs.
@@ -146,7 +147,7 @@ def settings_of(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings of `ModelConfig` that a config.json of transformers gives.
 
     Raises UserError, naming `where` and the key, for another architecture, and for what is not computed here: rope
-    scaling, sliding windows in use, mixtures of experts, quantisation, a head_dim of its own.
+    scaling, sliding windows in use, mixtures of experts, quantisation.
     """
     kind, architectures = hf.get("model_type"), hf.get("architectures")
     if kind not in ARCHITECTURES:
@@ -165,22 +166,16 @@ def settings_of(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         "num_layers": _whole(hf, "num_hidden_layers", where),
         "num_heads": _whole(hf, "num_attention_heads", where),
         "num_kv_heads": _kv_heads(hf, where),
+        "head_dim": _head_dim(hf, where),
         "vocab_size": _whole(hf, "vocab_size", where),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),  # false where transformers is not told either
         "rope_theta": _rope_theta(hf, where),
         "norm_epsilon": _positive(hf.get("rms_norm_eps"), "rms_norm_eps", where),
         "init_std": _positive(hf.get("initializer_range", 0.02), "initializer_range", where),
     }
-    hidden, heads, kv_heads = (settings[key] for key in ("hidden_size", "num_heads", "num_kv_heads"))
-    if hidden % heads:
-        raise UserError(f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}")
+    heads, kv_heads = settings["num_heads"], settings["num_kv_heads"]
     if heads % kv_heads:
         raise UserError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
-    if hf.get("head_dim") not in (None, hidden // heads):
-        raise UserError(
-            f"{where}: head_dim={_short(hf['head_dim'])} is not supported; "
-            f"it must be hidden_size / num_attention_heads = {hidden // heads}"
-        )
     _check_windows(hf, settings["num_layers"], where)
     return settings
 
@@ -189,6 +184,29 @@ def _kv_heads(hf: Mapping[str, Any], where: str) -> int:
     """null means as many as heads; a key that is missing does not: versions of transformers differ on it."""
     unset = "num_key_value_heads" in hf and hf["num_key_value_heads"] is None
     return _whole(hf, "num_attention_heads" if unset else "num_key_value_heads", where)
+
+
+def _head_dim(hf: Mapping[str, Any], where: str) -> int:
+    """The width of a head, 0 where it is hidden_size / num_attention_heads.
+
+    A Qwen3 that does not say has heads of 128, whatever its other sizes; a Qwen2 has what the sizes give, and so has
+    one that says null.
+    """
+    hidden, heads = _whole(hf, "hidden_size", where), _whole(hf, "num_attention_heads", where)
+    width = hf.get("head_dim", QWEN3_HEAD_DIM if hf["model_type"] == "qwen3" else None)
+    if width is None:
+        if hidden % heads:
+            raise UserError(
+                f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}, and there is no head_dim"
+            )
+        width = hidden // heads
+    else:
+        width = _whole({"head_dim": width}, "head_dim", where)
+    if width % 2:
+        raise UserError(
+            f"{where}: heads of the odd width {width} (head_dim) are not supported, RoPE cannot rotate them"
+        )
+    return 0 if width * heads == hidden else width
 
 
 def _rope_theta(hf: Mapping[str, Any], where: str) -> float:
@@ -264,7 +282,7 @@ def config_json(model: ModelConfig, dtype: str, positions: int) -> dict[str, Any
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
+        "head_dim": model.head_size,
         "vocab_size": model.vocab_size,
         "tie_word_embeddings": model.tie_embeddings,
         "rope_theta": model.rope_theta,

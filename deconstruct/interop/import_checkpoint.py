@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from deconstruct.attention.variants import fixed_source
+from deconstruct.attention.variants import fixed_source, reads_fixed_text
 from deconstruct.config import Config
 from deconstruct.distributed.mesh import single_device_mesh
 from deconstruct.experiment import resolve
@@ -37,9 +37,10 @@ from deconstruct.interop.huggingface import (
 )
 from deconstruct.interop.listing import listing
 from deconstruct.layout import STANDARD
-from deconstruct.model.language_model import LanguageModel
+from deconstruct.model.language_model import LanguageModel, init_options
 from deconstruct.model.placement import abstract_arrays, split_model
 from deconstruct.model.restack import to_layers
+from deconstruct.run import extensions
 from deconstruct.run.checkpoint import Checkpoints
 from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
@@ -62,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"of the workdir's configuration (default: the checkpoint's longest, at most {SEQUENCE_LENGTH})",
     )
+    parser.add_argument(
+        "--extension", action="append", default=[], metavar="FILE", help="Python that registers what layers are made of"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         variant=arguments.variant,
         seed=arguments.seed,
         sequence_length=arguments.sequence_length,
+        extension=tuple(arguments.extension),
     )
     print("\n".join(report))
     return 0
@@ -101,6 +106,7 @@ def import_checkpoint(
     variant: str = "",
     seed: int = 0,
     sequence_length: int = 0,
+    extension: tuple[str, ...] = (),
 ) -> list[str]:
     """Makes a workdir of a checkpoint; returns the lines that say what was kept, drawn and left.
 
@@ -113,7 +119,7 @@ def import_checkpoint(
     hf = read_json(folder / "config.json")
     tensors = Tensors(folder)
     origin = _origin(hf, tensors, str(folder / "config.json"), sequence_length)
-    config = _configuration(origin, layout, variant, seed)
+    config = _configuration(origin, layout, variant, seed, ",".join(extension))
     _, params, frozen = abstract_arrays(config.model, single_device_mesh())
     tree = {"params": to_layers(params, config.model.plan), "frozen": frozen}
     choice = choose(flat(tree), tensors, origin, config, str(folder))
@@ -137,6 +143,7 @@ def import_checkpoint(
         tokenizer_files.carry(tokens, folder, partial / "tokenizer")
         write_json(partial / "imported.json", {"from": str(folder.resolve()), "config": hf, "report": report})
         own.write_config(config)
+        extensions.keep(own, config.model.layers)
         arrays = _arrays(tree, choice, tensors, config)
         with Checkpoints(own.checkpoints, every=1, keep=1) as writer:
             writer.save(0, arrays, {"step": np.int32(0)}, meta)
@@ -155,18 +162,19 @@ def _origin(hf: dict[str, Any], tensors: Tensors, where: str, sequence_length: i
     # Computed in the precision it is stored in: float16 has no counterpart here.
     written = tensors.arrays.get("model.embed_tokens.weight")
     model["dtype"] = "float32" if written and written.dtype == "float32" else "bfloat16"
-    model["match_parameters"] = False  # an MLP that was trained keeps its width, whatever stands beside it
     longest = hf.get("max_position_embeddings")
     default = min(longest, SEQUENCE_LENGTH) if isinstance(longest, int) and longest > 0 else SEQUENCE_LENGTH
     settings = {"variant": STANDARD, "layout": "uniform", "sequence_length": sequence_length or default}
     return Origin({**settings, "model": model}, (STANDARD,) * model["num_layers"])
 
 
-def _configuration(origin: Origin, layout: str, variant: str, seed: int) -> Config:
+def _configuration(origin: Origin, layout: str, variant: str, seed: int, extension: str) -> Config:
     replaced: dict[str, Any] = {}
     if layout or variant:
         replaced = {"layout": layout or "uniform", "variant": variant or STANDARD}
-    config = resolve(ConfigDict({**origin.settings, "seed": seed, "data": "", **replaced}))
+        if is_standard(origin.layers):  # an MLP that was trained keeps its width, whatever comes to stand beside it
+            replaced["model"] = {**origin.settings["model"], "match_parameters": False}
+    config = resolve(ConfigDict({**origin.settings, "seed": seed, "data": "", "extensions": extension, **replaced}))
     if not replaced and config.model.layers != origin.layers:
         raise UserError(
             f"config.json: its layers are {','.join(map(str, origin.layers))}, but its layout gives "
@@ -256,7 +264,7 @@ def draw(config: Config, names: list[str]) -> dict[str, jax.Array]:
         arrays = flat({"params": to_layers(params, config.model.plan), "frozen": frozen})
         return {name: arrays[name] for name in names}
 
-    return jax.jit(chosen)() if names else {}
+    return jax.jit(chosen, compiler_options=init_options())() if names else {}
 
 
 def _report(config: Config, choice: Choice, tensors: Tensors, where: str) -> list[str]:
@@ -267,6 +275,6 @@ def _report(config: Config, choice: Choice, tensors: Tensors, where: str) -> lis
     lines += [f"kept         {line}" for line in listing(choice.kept, model.layers)]
     lines += [f"initialised  {line}" for line in listing(choice.drawn, model.layers) or ["nothing"]]
     lines += [f"not used     {line}" for line in listing(choice.unused, model.layers)]
-    if FIXED in choice.drawn and fixed_source(model.layers) == "fixed_text":
+    if FIXED in choice.drawn and reads_fixed_text(model.layers):
         lines.append("note         the fixed text is random until `train` puts the text of its run in place")
     return lines

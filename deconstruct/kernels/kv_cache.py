@@ -38,15 +38,21 @@ def init_kv_cache(
     return KVCache(jnp.zeros((rows, length, dh), dtype), jnp.zeros((rows, length, batch // qk_batch * dv), dtype), 0)
 
 
+def laid_out(k: jax.Array, v: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """k [Bq, C, K, dh] and v [Bv, C, K, dv] as they lie in a cache: [Bq K, C, dh] and [Bq K, C, (Bv / Bq) dv]."""
+    rows, positions = k.shape[0] * k.shape[2], k.shape[1]
+    split = grouped.split_keys(k), grouped.split_values(v, k.shape[0])
+    keys, values = (x.astype(dtype).reshape(rows, positions, -1) for x in split)
+    return keys, values
+
+
 def append(cache: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
     """C more positions, k [Bq, C, K, dh] and v [Bv, C, K, dv], behind those that are there."""
-
-    def update(into: jax.Array, new: jax.Array) -> jax.Array:
-        new = new.astype(into.dtype).reshape(into.shape[0], -1, into.shape[2])
-        return jax.lax.dynamic_update_slice_in_dim(into, new, cache.length, axis=1)
-
-    values = grouped.split_values(v, k.shape[0])
-    return KVCache(update(cache.k, grouped.split_keys(k)), update(cache.v, values), cache.length + k.shape[1])
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(into, new, cache.length, axis=1)
+        for into, new in zip((cache.k, cache.v), laid_out(k, v, cache.k.dtype), strict=True)
+    )
+    return KVCache(keys, values, cache.length + k.shape[1])
 
 
 def contents(cache: KVCache, qk_batch: int, batch: int) -> tuple[jax.Array, jax.Array]:

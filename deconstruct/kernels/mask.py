@@ -22,6 +22,15 @@ class Mask:
     begins: jax.Array | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window of {self.window} positions: a position sees itself, so it is at least 1")
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is causal and nothing more."""
+        return self.begins is None and self.window is None
+
     @property
     def documents(self) -> bool:
         """Whether there are borders of documents to keep to."""
@@ -44,6 +53,24 @@ class Mask:
         begins = jax.lax.dynamic_update_slice_in_dim(before, self.begins + start, start, axis=1)
         return dataclasses.replace(self, begins=begins)
 
+    def begins_of(self, q: jax.Array) -> jax.Array | None:
+        """`begins`, for the queries q [B, L, ...] that it goes with. ValueError where it is of another shape."""
+        if self.begins is not None and self.begins.shape != q.shape[:2]:
+            raise ValueError(f"begins of shape {self.begins.shape} with queries of batch and length {q.shape[:2]}")
+        return self.begins
+
+    def refuse_window(self, form: str) -> None:
+        """ValueError if there is a window: a running sum does not give back what leaves it."""
+        if self.window is not None:
+            raise ValueError(f"'{form}' keeps sums over its past, which a window of {self.window} cannot leave again")
+
+    def band(self, rows: int, columns: int, start: int | jax.Array = 0) -> jax.Array:
+        """bool [rows, columns]: what all sequences have in common, which is all but the documents."""
+        here = (start + jnp.arange(rows))[:, None]
+        there = jnp.arange(columns)[None, :]
+        seen = here >= there
+        return seen if self.window is None else seen & (here - there < self.window)
+
     def dense(
         self, rows: int, columns: int, start: int | jax.Array = 0, *, begins: jax.Array | None = None
     ) -> jax.Array:
@@ -53,15 +80,12 @@ class Mask:
         `begins` [B, rows], where only some of the mask's positions are rows; they are counted from `start`, as the
         mask's are from its first.
         """
-        here = (start + jnp.arange(rows))[:, None]
-        there = jnp.arange(columns)[None, :]
-        seen = here >= there
-        if self.window is not None:
-            seen &= here - there < self.window
+        seen = self.band(rows, columns, start)
         begins = self.begins if begins is None else begins
         if begins is None:
             return seen[None, None]
-        return seen[None, None] & (there[None] >= begins[:, :, None] + start)[:, None]
+        there = jnp.arange(columns)[None, None, :]
+        return seen[None, None] & (there >= begins[:, :, None] + start)[:, None]
 
 
 CAUSAL = Mask()
@@ -77,3 +101,11 @@ def document_begins(tokens: jax.Array, end_of_text: int, first: jax.Array | None
     after_an_end = jnp.pad(tokens[:, :-1] == end_of_text, ((0, 0), (1, 0)))
     begins = jnp.where(after_an_end, positions[None, :], jnp.where(positions == 0, first[:, None], first.min()))
     return jax.lax.cummax(begins, axis=1)
+
+
+def cut_begins(begins: jax.Array, size: int) -> jax.Array:
+    """[B, L] -> [B, chunks, size], counted from the first position of each chunk; padding is of the last document."""
+    batch, length = begins.shape
+    chunks = -(-length // size)
+    begins = jnp.pad(begins, ((0, 0), (0, chunks * size - length)), mode="edge").reshape(batch, chunks, size)
+    return begins - size * jnp.arange(chunks, dtype=begins.dtype)[None, :, None]

@@ -3,6 +3,9 @@
 Each `*_weights(q, k)` takes q [Bq, L, H, dh] and k [Bq, L, K, dh] and returns A [Bq, H, L, L] in float32 (float64 for
 float64 inputs): zero above the diagonal, each row sums to one. Positions count from one in the equations, so row i has
 i entries. The logits are x_ij = q_i . k_j / sqrt(dh); the scale is applied here and nowhere else.
+
+Where a mask is taken, sums over m <= i are over what position i sees: its own document, and no more than the window. A
+mask with documents has the batch of q.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from deconstruct.kernels import grouped
+from deconstruct.kernels.mask import CAUSAL, Mask
 
 # Order 1 of taylor_diagonal may not have a mean logit nearer to zero than this; order 2 (squares) than its square.
 GUARD = 1e-2
@@ -23,16 +27,16 @@ def logits(q: jax.Array, k: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], q.shape[2], *x.shape[3:])
 
 
-def softmax_weights(q: jax.Array, k: jax.Array, mask=None) -> jax.Array:
+def softmax_weights(q: jax.Array, k: jax.Array, mask: Mask = CAUSAL) -> jax.Array:
     """A_ij = exp(x_ij) / sum_{m<=i} exp(x_im)."""
     x = logits(q, k)
-    return jax.nn.softmax(jnp.where(grouped.causal_mask(*x.shape[-2:]), x, -jnp.inf), axis=-1)
+    return jax.nn.softmax(jnp.where(_seen(mask, q), x, -jnp.inf), axis=-1)
 
 
-def taylor_weights(q: jax.Array, k: jax.Array, mask=None) -> jax.Array:
+def taylor_weights(q: jax.Array, k: jax.Array, mask: Mask = CAUSAL) -> jax.Array:
     """A_ij = T(x_ij) / sum_{m<=i} T(x_im) with T(x) = 1 + x + x^2 / 2, which is at least 1/2 (Based, Arora 2024)."""
     x = logits(q, k)
-    weights = jnp.where(grouped.causal_mask(*x.shape[-2:]), 1 + x + x * x / 2, 0)
+    weights = jnp.where(_seen(mask, q), 1 + x + x * x / 2, 0)
     return weights / weights.sum(-1, keepdims=True)
 
 
@@ -83,17 +87,20 @@ def gate_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return (jax.nn.silu(queries) * keys).sum(-1).reshape(batch, heads, length) * dim**-0.5
 
 
-def self_gate_weights(q: jax.Array, k: jax.Array, mask=None) -> jax.Array:
+def self_gate_weights(q: jax.Array, k: jax.Array, mask: Mask = CAUSAL) -> jax.Array:
     """A_ij = exp(s_j) / sum_{m<=i} exp(s_m), with s_j = silu(q_j) . k_j / sqrt(dh).
 
-    The scores may pass 1e3 (arXiv:2510.11602, section on logit outliers), so each row subtracts the maximum of its own
-    prefix: under one global maximum the early rows would be 0 / 0.
+    The scores may pass 1e3 (arXiv:2510.11602, section on logit outliers), so each row subtracts the maximum of what it
+    sees itself (as `softmax` does): under one global maximum the early rows would be 0 / 0.
     """
     s = gate_scores(q, k)
-    highest = jax.lax.cummax(jax.lax.stop_gradient(s), axis=s.ndim - 1)
-    mask = grouped.causal_mask(s.shape[-1], s.shape[-1])
-    weights = jnp.exp(jnp.where(mask, s[..., None, :] - highest[..., :, None], -jnp.inf))
-    return weights / weights.sum(-1, keepdims=True)
+    return jax.nn.softmax(jnp.where(_seen(mask, q), s[..., None, :], -jnp.inf), axis=-1)
+
+
+def _seen(mask: Mask, q: jax.Array) -> jax.Array:
+    """bool [Bq or 1, 1, L, L]."""
+    mask.begins_of(q)
+    return mask.dense(q.shape[1], q.shape[1])
 
 
 def apply_weights(weights: jax.Array, v: jax.Array) -> jax.Array:

@@ -7,29 +7,31 @@ phi(q) . phi(k), phi(a) = [1, a, vec(a a^T)/sqrt 2] (Based, Arora et al. 2024), 
 
     n0 = sum 1    n1 = sum k_j    n2 = sum k_j k_j^T    s0 = sum v_j    s1 = sum k_j v_j^T    s2 = sum k_j k_j v_j
 
-States are float32 and carry neither the scale nor the 1/2: both are applied to what is read.
+States are float32 and carry neither the scale nor the 1/2: both are applied to what is read. With documents, the sums
+run over the positions of the last one alone, and only positions of that document read them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from deconstruct.kernels import grouped, query_chunks
+from deconstruct.kernels.mask import CAUSAL, Mask, cut_begins
 
 CHUNK = 128
 
 
 class TaylorState(NamedTuple):
-    """The sums over all positions so far, float32 (float64 for float64 inputs).
+    """The sums over all positions of the document so far, float32 (float64 for float64 inputs).
 
     Laid out like a `KVCache`, so that a decoded token updates it in place: Z = Bq K counts sequences and kv heads,
     w = (Bv / Bq) dv.
     """
 
-    n0: jax.Array  # []
+    n0: jax.Array  # [Z]
     n1: jax.Array  # [Z, dh]
     n2: jax.Array  # [Z, dh, dh]
     s0: jax.Array  # [Z, w]
@@ -43,7 +45,7 @@ def init_taylor_state(
     """The state before the first position: all sums zero. `qk_batch` is Bq, `batch` is Bv."""
     rows, width = qk_batch * kv_heads, batch // qk_batch * dv
     return TaylorState(
-        n0=jnp.zeros((), dtype),
+        n0=jnp.zeros((rows,), dtype),
         n1=jnp.zeros((rows, dh), dtype),
         n2=jnp.zeros((rows, dh, dh), dtype),
         s0=jnp.zeros((rows, width), dtype),
@@ -60,23 +62,34 @@ def _weights(slope: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, (slope * slope + 1) / 2, 0)
 
 
-_TAYLOR = query_chunks.Weighing(_slope, _weights)
+TAYLOR = query_chunks.Weighing(_slope, _weights)
 
 
-def taylor_quadratic(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int | None = None) -> jax.Array:
+def taylor_quadratic(
+    q: jax.Array, k: jax.Array, v: jax.Array, chunk: int | None = None, mask: Mask = CAUSAL
+) -> jax.Array:
     """The map itself, by chunks of queries: q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] -> [Bv, L, H, dv]."""
-    return query_chunks.mix(q, k, v, _TAYLOR, chunk)
+    return query_chunks.mix(q, k, v, TAYLOR, chunk, mask)
 
 
 def taylor_chunked(
-    q: jax.Array, k: jax.Array, v: jax.Array, state: TaylorState | None = None, mask=None, chunk: int = CHUNK
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    state: TaylorState | None = None,
+    chunk: int = CHUNK,
+    mask: Mask = CAUSAL,
 ) -> tuple[jax.Array, TaylorState]:
     """The same in time linear in L: the map within a chunk, the state for all that came before it.
 
     q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] -> [Bv, L, H, dv] and the state after them. A sequence is
     extended by another call with that state. Any L: padding at the end is zeros, which add nothing to any sum. The
-    backward pass forms the features again, chunk by chunk, and keeps one state a chunk.
+    backward pass forms the features again, chunk by chunk, and keeps one state a chunk. Where the first document of
+    the mask began before these positions (`begins` < 0), it is the one whose sums the state holds; the state after
+    them is of the last document. ValueError for a window, and for `begins` not of shape [Bq, L].
     """
+    mask.refuse_window("taylor_chunked")
+    begins = mask.begins_of(q)
     batch, length, heads, dh = q.shape
     kv_heads, dv = v.shape[2:]
     decoding = state is not None and length == 1
@@ -90,35 +103,70 @@ def taylor_chunked(
     queries = queries.reshape(*queries.shape[:3], -1, dh)
     values = values.reshape(*values.shape[:4], -1)
     if decoding:
-        state, out = _single(state, *(x.reshape(-1, *x.shape[3:]) for x in (queries, keys, values)))
+        goes_on = None if begins is None else jnp.repeat(begins[:, 0] < 0, kv_heads)
+        one = tuple(x.reshape(-1, *x.shape[3:]) for x in (queries, keys, values))
+        state, out = _single(state, one, goes_on)
     else:
-        rows = TaylorState(state.n0, *(x.reshape(batch, kv_heads, *x.shape[1:]) for x in state[1:]))
-        rows, out = jax.lax.scan(jax.checkpoint(_step, prevent_cse=False), rows, (queries, keys, values))
-        state = TaylorState(state.n0 + length, *(x.reshape(-1, *x.shape[2:]) for x in rows[1:]))
+        borders = None if begins is None else jnp.moveaxis(cut_begins(begins, size), 1, 0)
+        rows = TaylorState(*(x.reshape(batch, kv_heads, *x.shape[1:]) for x in state))
+        rows, out = jax.lax.scan(jax.checkpoint(_step, prevent_cse=False), rows, (queries, keys, values, borders))
+        state = TaylorState(*(x.reshape(-1, *x.shape[2:]) for x in rows))
+        # Padding adds nothing to any other sum.
+        state = state._replace(n0=state.n0 - (keys.shape[0] * size - length))
     out = out.reshape(-1, batch, kv_heads, groups, size, v.shape[0] // batch, dv)
     return grouped.merge_results(grouped.join(jnp.moveaxis(out, 0, 3), 3, length)), state
 
 
-def _step(state: TaylorState, chunk: tuple[jax.Array, ...]) -> tuple[TaylorState, jax.Array]:
-    """One chunk, q [..., r, dh], k [..., s, dh], v [..., s, w]: the state after it, and what it reads [..., r, w] from
-    itself and from the state before."""
-    q, k, v = chunk
+def _step(state: TaylorState, chunk: tuple[Any, ...]) -> tuple[TaylorState, jax.Array]:
+    """One chunk, q [b, K, r, dh], k [b, K, s, dh], v [b, K, s, w]: the state after it, and what it reads [b, K, r, w]
+    from itself and from the state before. `begins` [b, s] of the chunk's own positions, or None."""
+    q, k, v, begins = chunk
     positions = k.shape[-2]
-    mask = jnp.tile(grouped.causal_mask(positions, positions), (q.shape[-2] // positions, 1))
+    groups = q.shape[-2] // positions
+    if begins is None:
+        mask = jnp.tile(grouped.causal_mask(positions, positions), (groups, 1))
+    else:
+        mask = jnp.tile(Mask(begins).dense(positions, positions), (1, 1, groups, 1))
     x = grouped.contract("...rd,...sd->...rs", q, k) * q.shape[-1] ** -0.5
     weights = _weights(_slope(x, mask), mask)
     numerator, sums = _read(state, q)
+    count: int | jax.Array = positions
+    if begins is not None:
+        # Selected, not multiplied by zero: another document's sums may be of any size.
+        goes_on = jnp.tile(begins < 0, (1, groups))[:, None]
+        numerator, sums = jnp.where(goes_on[..., None], numerator, 0), jnp.where(goes_on, sums, 0)
+        last = begins[:, -1]
+        kept = (jnp.arange(positions)[None, :] >= last[:, None])[:, None]
+        state, count = _kept(state, last[:, None] < 0), kept.sum(-1).astype(sums.dtype)
+        kept_k, kept_v = (jnp.where(kept[..., None], x, 0) for x in (k, v))
+    else:
+        kept_k, kept_v = k, v
     numerator += grouped.contract("...rs,...sw->...rw", weights.astype(v.dtype), v)
-    return _add(state, k, v), (numerator / (sums + weights.sum(-1))[..., None]).astype(v.dtype)
+    return _add(state, kept_k, kept_v, count), (numerator / (sums + weights.sum(-1))[..., None]).astype(v.dtype)
 
 
-def _single(state: TaylorState, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[TaylorState, jax.Array]:
+def _kept(state: TaylorState, goes_on: jax.Array) -> TaylorState:
+    """The state where its document goes on, zero where it ended; `goes_on` has leading axes of the arrays."""
+
+    def keep(x: jax.Array) -> jax.Array:
+        return jnp.where(goes_on.reshape(goes_on.shape + (1,) * (x.ndim - goes_on.ndim)), x, 0)
+
+    return TaylorState(*(keep(x) for x in state))
+
+
+def _single(
+    state: TaylorState, chunk: tuple[jax.Array, ...], goes_on: jax.Array | None
+) -> tuple[TaylorState, jax.Array]:
     """A chunk of one position. It reads itself out of the state after it, so that the state is updated in place.
 
-    All in the dtype of the state: rounded features would not give a position's own value back.
+    All in the dtype of the state: rounded features would not give a position's own value back. `goes_on` [Z], or None:
+    whether the position is of the document that the state is of.
     """
+    q, k, v = chunk
     exact = state.n1.dtype
-    state = _add(state, k.astype(exact), v.astype(exact))
+    if goes_on is not None:
+        state = _kept(state, goes_on)
+    state = _add(state, k.astype(exact), v.astype(exact), 1)
     numerator, sums = _read(state, q.astype(exact))
     return state, (numerator / sums[..., None]).astype(v.dtype)
 
@@ -130,15 +178,15 @@ def _read(state: TaylorState, q: jax.Array) -> tuple[jax.Array, jax.Array]:
     numerator += grouped.contract("...rp,...pw->...rw", _pairs(q), state.s2.astype(q.dtype)) * (scale**2 / 2)
     # The three orders of the normaliser may cancel in part (only their sum is positive): float32 from the inputs on.
     exact = q.astype(state.n1.dtype)
-    sums = state.n0 + grouped.exactly("...rd,...d->...r", exact, state.n1) * scale
+    sums = state.n0[..., None] + grouped.exactly("...rd,...d->...r", exact, state.n1) * scale
     sums += (grouped.exactly("...rd,...dc->...rc", exact, state.n2) * exact).sum(-1) * (scale**2 / 2)
     return numerator, sums
 
 
-def _add(state: TaylorState, k: jax.Array, v: jax.Array) -> TaylorState:
+def _add(state: TaylorState, k: jax.Array, v: jax.Array, count: int | jax.Array) -> TaylorState:
     exact = k.astype(state.n1.dtype)
     return TaylorState(
-        n0=state.n0 + k.shape[-2],  # too many on a padded last chunk, after which nothing reads it
+        n0=state.n0 + count,
         n1=state.n1 + exact.sum(-2),
         n2=state.n2 + grouped.exactly("...sd,...sc->...dc", exact, exact),
         s0=state.s0 + v.astype(state.s0.dtype).sum(-2),
@@ -173,12 +221,13 @@ def chunked_is_cheaper(
     return length * (size * pair + touch * (1 + 1 / groups)) < quadratic
 
 
-def taylor_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask=None) -> jax.Array:
+def taylor_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = CAUSAL) -> jax.Array:
     """Second-order Taylor attention of a whole sequence, by whichever form counts fewer FLOPs at this length.
 
-    q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] give [Bv, L, H, dv] in v's dtype; Bq is Bv or 1.
+    q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] give [Bv, L, H, dv] in v's dtype; Bq is Bv or 1. Under a
+    window the quadratic form is the one there is, and costs no more than L x (window + chunk).
     """
     groups, rows = q.shape[2] // k.shape[2], v.shape[0] // q.shape[0]
-    if chunked_is_cheaper(q.shape[1], q.shape[-1], v.shape[-1], groups, rows):
-        return taylor_chunked(q, k, v)[0]
-    return taylor_quadratic(q, k, v)
+    if mask.window is None and chunked_is_cheaper(q.shape[1], q.shape[-1], v.shape[-1], groups, rows):
+        return taylor_chunked(q, k, v, mask=mask)[0]
+    return taylor_quadratic(q, k, v, mask=mask)

@@ -131,7 +131,7 @@ class LanguageModel(nnx.Module):
 
     def context(self, length: int, static: Streams, mask: Mask) -> Context:
         """What all layers read: the tables of `length` positions, the embeddings where a layer reads them, the mask."""
-        cos, sin = rope_tables(jnp.arange(length), self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_tables(jnp.arange(length), self.config.head_size, self.config.rope_theta)
         return Context(cos, sin, static if reads_static(self.config.layers) else Streams(None), mask)
 
     def check_length(self, length: int, what: str = "") -> None:
@@ -176,8 +176,17 @@ def check_model(config: ModelConfig) -> None:
 def build_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
     """A live model with fresh parameters, on the default device. Raises UserError where the shape is impossible."""
     graphdef, _ = nnx.split(abstract_model(config))
-    state = jax.jit(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(config, jax.random.key(seed)))))()
-    return nnx.merge(graphdef, state)
+
+    def init() -> Any:
+        return nnx.to_pure_dict(nnx.state(LanguageModel(config, jax.random.key(seed))))
+
+    return nnx.merge(graphdef, jax.jit(init, compiler_options=init_options())())
+
+
+def init_options() -> dict[str, str]:
+    """Compiler options of the programs that draw first parameters. They run once: on a CPU, optimising them takes many
+    times as long as they do. All use the same, so that the same seed gives the same bits."""
+    return {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else {}
 
 
 def abstract_model(config: ModelConfig) -> LanguageModel:

@@ -21,6 +21,9 @@ class Trust(NamedTuple):
     all_found: bool = False
 
 
+NOTHING = Trust()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("code of the run (where its config named extensions)")
     group.add_argument(

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from deconstruct.attention.extensions import without_file
 from deconstruct.attention.trial import sees_the_future
+from deconstruct.attention.variants import reads_fixed_text
 from deconstruct.config import Config
 from deconstruct.costs import accounting
 from deconstruct.data import pipeline, tokenizer
@@ -219,7 +220,7 @@ class Run:
     def _fixed_tokens(self) -> jax.Array | None:
         """What the fixed_text stream reads: a file, or the first tokens of the training rows."""
         model = self.config.model
-        if self.spec.abstract.frozen.get("fixed") is None or self.spec.abstract.frozen["fixed"].dtype != jnp.int32:
+        if not reads_fixed_text(model.layers):
             return None
         if model.fixed_text:
             if not epath.Path(model.fixed_text).exists():

@@ -16,7 +16,9 @@ from deconstruct.train.state import StateSpec, TrainState, running_form, saved_f
 from deconstruct.types import UserError
 
 # Model settings that change how the arrays are computed, not what they are.
-FREE_MODEL_KEYS = ("dtype", "impl", "scan", "remat", "init_std", "fixed_std", "fixed_text", "num_kv_heads")
+FREE_MODEL_KEYS = ("dtype", "impl", "scan", "remat", "init_std", "fixed_std", "fixed_text")
+# Where 0 and the number that it stands for are the same model: the numbers are compared.
+RESOLVED_MODEL_KEYS = {"num_kv_heads": "kv_heads", "head_dim": "head_size"}
 # With the data's fingerprint these determine every batch.
 DATA_KEYS = ("seed", "batch_size", "sequence_length")
 
@@ -54,9 +56,12 @@ def check_same_run(config: Config, meta: dict[str, Any], data_fingerprint: str, 
     differing += [
         (f"model.{field.name}", getattr(config.model, field.name), getattr(saved.model, field.name))
         for field in dataclasses.fields(config.model)
-        if field.name not in free
+        if field.name not in (*free, *RESOLVED_MODEL_KEYS)
     ]
-    differing.append(("model.num_kv_heads", config.model.kv_heads, saved.model.kv_heads))
+    differing += [
+        (f"model.{key}", getattr(config.model, resolved), getattr(saved.model, resolved))
+        for key, resolved in RESOLVED_MODEL_KEYS.items()
+    ]
     differing += [("border_loss", config.border_loss, saved.border_loss)] if trained else []
     differing.append(("extensions", config.code, saved.code))
     for key, now, before in differing:

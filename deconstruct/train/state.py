@@ -12,7 +12,7 @@ import optax
 
 from deconstruct.config import Config
 from deconstruct.distributed.sharding import replicated
-from deconstruct.model.language_model import LanguageModel
+from deconstruct.model.language_model import LanguageModel, init_options
 from deconstruct.model.placement import abstract_arrays, split_model
 from deconstruct.model.restack import to_layers, to_segments
 from deconstruct.plan import Plan
@@ -71,7 +71,10 @@ def make_state_spec(config: Config, optimizer: optax.GradientTransformation, mes
     )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return StateSpec(
-        graphdef, abstract, jax.jit(init, out_shardings=shardings), jax.jit(begin, out_shardings=shardings)
+        graphdef,
+        abstract,
+        jax.jit(init, out_shardings=shardings, compiler_options=init_options()),
+        jax.jit(begin, out_shardings=shardings),
     )
 
 

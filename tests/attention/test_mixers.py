@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deconstruct.attention.gated_mlp import attention_parameters
 from deconstruct.attention.mixer import Context
 from deconstruct.attention.parameters import mixer_parameters
 from deconstruct.attention.variants import find_variant, make_mixer
@@ -21,7 +22,7 @@ LENGTH = 7
 
 
 def context(config, static):
-    cos, sin = rope_tables(jnp.arange(LENGTH), config.head_dim, config.rope_theta)
+    cos, sin = rope_tables(jnp.arange(LENGTH), config.head_size, config.rope_theta)
     return Context(cos, sin, static)
 
 
@@ -74,20 +75,22 @@ def test_maps_depend_on_the_batch_unless_the_source_is_fixed(name):
 
 @pytest.mark.parametrize("block", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_parameters_equal_standards(block, kv_heads):
+@pytest.mark.parametrize("head_dim", [0, 6])
+def test_parameters_equal_standards(block, kv_heads, head_dim):
     """Exactly, for every pair that owns no parameters; to the nearest width of its MLP for one that does, and for
     another mixer."""
     for name in MIXER_NAMES:
-        config = tiny_config({"block": block, "num_kv_heads": kv_heads, "num_layers": 1}, variant=name).model
+        sizes = {"block": block, "num_kv_heads": kv_heads, "head_dim": head_dim, "num_layers": 1}
+        config = tiny_config(sizes, variant=name).model
         more = mixer_parameters(config, name) - mixer_parameters(config, "standard")
         left = accounting.difference_from_standard(config)
         assert left == more - 3 * config.hidden_size * round(more / (3 * config.hidden_size)), name
         unmatched = dataclasses.replace(config, match_parameters=False)
         assert accounting.difference_from_standard(unmatched) == more, name
-    config = tiny_config(
-        {"block": block, "num_kv_heads": kv_heads * 2, "hidden_size": 896, "num_heads": 8}, variant="mlp"
-    ).model
+    sizes = {"hidden_size": 896, "num_heads": 8, "num_kv_heads": kv_heads * 2, "head_dim": 32 * head_dim}
+    config = tiny_config({"block": block, **sizes}, variant="mlp").model
     standard = mixer_parameters(config, "standard")
+    assert standard == attention_parameters(config)
     assert abs(accounting.difference_from_standard(config)) / config.num_layers < 1e-3 * standard
 
 

@@ -207,7 +207,17 @@ ON_ALL_MESHES = [
 
 @pytest.mark.parametrize("name", MIXER_NAMES)
 def test_eight_devices_compute_what_one_does(name):
-    config = tiny_config({"num_layers": 1}, variant=name, layout="uniform").model
+    meshes = ((2, 4), (8, 1), (4, 2)) if name in ON_ALL_MESHES else ((2, 4),)
+    check_eight_devices(tiny_config({"num_layers": 1}, variant=name, layout="uniform").model, meshes)
+
+
+def test_eight_devices_where_heads_do_not_share_out_the_width():
+    """Four heads of 6 in a width of 16."""
+    config = tiny_config({"num_layers": 2, "block": "qwen3", "head_dim": 6}, variant="rnd_emb_qk", layout="even").model
+    check_eight_devices(config, ((2, 4), (8, 1), (4, 2)))
+
+
+def check_eight_devices(config, meshes):
     draw = np.random.default_rng(0)
     graphdef, params, frozen = random_arrays(config, draw)
     rows = draw.integers(0, config.vocab_size, (8, 13)).astype(np.int32)
@@ -218,7 +228,7 @@ def test_eight_devices_compute_what_one_does(name):
 
     want, want_gradients = jax.device_get(jax.jit(jax.value_and_grad(loss))(params, frozen, rows))
     assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(want_gradients))
-    for fsdp, tensor in ((2, 4), (8, 1), (4, 2)) if name in ON_ALL_MESHES else ((2, 4),):
+    for fsdp, tensor in meshes:
         mesh = mesh_of(1, fsdp, tensor)
         _, *abstract = abstract_arrays(config, mesh)
         shardings, frozen_shardings = jax.tree.map(lambda x: x.sharding, abstract)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -68,3 +69,13 @@ def run(trained, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def fixed(prepared, tmp_path_factory) -> Path:
     return train_tiny(prepared, tmp_path_factory.mktemp("fixed"), "rnd_emb_qk", 2)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """The program sets up logging for itself."""
+    logger = logging.getLogger()
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)

@@ -14,8 +14,6 @@ from deconstruct.cli import VERBS, Parser
 from deconstruct.data.manifest import load_manifest
 from deconstruct.data.pipeline import Windows
 from deconstruct.evaluate import follower
-from deconstruct.evaluate.follower import Evaluator
-from deconstruct.evaluate.report import report
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
@@ -50,7 +48,7 @@ def values(workdir, **where):
 
 
 def test_the_latest_step_at_several_contexts_and_never_twice(run, prepared):
-    place = Workdir(run)
+    run_dir = Workdir(run)
     printed = evaluate(run, "--contexts=16,32")
     assert len(printed) == 2 and printed[0].startswith("step 6  context 16  perplexity ")
     records = ledger(run)
@@ -66,17 +64,17 @@ def test_the_latest_step_at_several_contexts_and_never_twice(run, prepared):
     found = values(run)
     assert found[6, 32] < 200  # of 300 pieces: it has learned something of this text
 
-    before = place.evaluations.read_text()
+    before = run_dir.evaluations.read_text()
     assert evaluate(run, "--contexts=16,32") == []
-    assert place.evaluations.read_text() == before
+    assert run_dir.evaluations.read_text() == before
 
     # A crash in the middle of a line, and one between nll and perplexity: what is missing is measured, once.
     lines = before.splitlines(keepends=True)
-    place.evaluations.write_text("".join(lines[:3]) + lines[3][:25])
+    run_dir.evaluations.write_text("".join(lines[:3]) + lines[3][:25])
     assert len(evaluate(run, "--contexts=16,32")) == 1
     assert values(run) == found
-    assert place.evaluations.read_text().splitlines(keepends=True)[:3] == lines[:3]
-    assert all(json.loads(line) for line in place.evaluations.read_text().splitlines())
+    assert run_dir.evaluations.read_text().splitlines(keepends=True)[:3] == lines[:3]
+    assert all(json.loads(line) for line in run_dir.evaluations.read_text().splitlines())
 
     # Another setting is another record: a text, a stride, a number of tokens.
     text = run / "own.txt"
@@ -122,8 +120,8 @@ def test_follow_waits_for_a_run_that_has_not_begun_and_ends_with_it(trained, tmp
         time.sleep(0.1)
         workdir.mkdir()
         for name in ("tokenizer", "config.json"):
-            place = shutil.copytree if (trained / name).is_dir() else shutil.copy
-            place(trained / name, workdir / name)
+            copy = shutil.copytree if (trained / name).is_dir() else shutil.copy
+            copy(trained / name, workdir / name)
         for step in (2, 6):
             time.sleep(0.1)
             unfinished = workdir / "checkpoints" / f"{step}.orbax-checkpoint-tmp"
@@ -141,12 +139,11 @@ def test_follow_waits_for_a_run_that_has_not_begun_and_ends_with_it(trained, tmp
 
 
 def test_follow_yields_each_step_once_oldest_first(run):
-    evaluator = Evaluator(Workdir(run), Workdir(run).read_config(), arguments(run))
-    assert list(evaluator.new_steps(0.01)) == [2, 4, 6]
+    assert list(follower.follow(Workdir(run), 0.01)) == [2, 4, 6]
     # A run that is to go on is followed further: 6 is not its last step any more.
     config = Workdir(run).read_config()
     Workdir(run).write_config(config.replace(steps=8))
-    steps = evaluator.new_steps(0.01)
+    steps = follower.follow(Workdir(run), 0.01)
     assert [next(steps) for _ in range(3)] == [2, 4, 6]
     checkpoints = Workdir(run).checkpoints
     threading.Timer(0.05, shutil.copytree, (checkpoints / "6", checkpoints / "8")).start()
@@ -183,8 +180,8 @@ def test_other_data_is_refused_and_moved_data_is_not(run, prepared, tmp_path):
     with pytest.raises(UserError, match=rf"--data=.*other.*: its fingerprint is {now}, the run was trained on {then}"):
         evaluate(run, f"--data={other}")
     moved = shutil.copytree(prepared, tmp_path / "moved")
-    evaluator = Evaluator(Workdir(run), Workdir(run).read_config(), arguments(run, f"--data={moved}"))
-    assert evaluator.constant["text"] == "validation"
+    assert len(evaluate(run, f"--data={moved}", "--max-tokens=8")) == 1
+    assert ledger(run)[-1]["text"] == "validation"
 
 
 @pytest.mark.parametrize(
@@ -222,25 +219,3 @@ def test_a_workdir_without_a_checkpoint(run):
     shutil.rmtree(Workdir(run).checkpoints)
     with pytest.raises(UserError, match=r"--workdir=.*: no finished checkpoint there yet"):
         evaluate(run)
-
-
-def test_the_report(run, prepared):
-    with pytest.raises(UserError, match=r"nothing to report yet; run `deconstruct train` and `deconstruct evaluate`"):
-        report(str(run))
-    records = [
-        {"step": step, "task": "perplexity", "metric": metric, "value": value, "tokens": 9, "context": context}
-        | {"text": "validation", "skip": skip}
-        for step, metric, value, context, skip in [
-            (2, "perplexity", 77.0, 32, ""), (6, "nll", 3.0, 32, ""), (6, "perplexity", 20.1, 32, ""),
-            (6, "perplexity", 25.2, 16, ""), (6, "perplexity", 99.0, 32, "block"),
-        ]
-    ]  # fmt: skip
-    Workdir(run).evaluations.write_text("".join(json.dumps(record) + "\n" for record in records))
-    lines = report(str(run)).splitlines()
-    assert lines[0].endswith("2 layers, non_approximate in 1 of them (even)")
-    losses = [record["loss"] for record in read_jsonl(Workdir(run).metrics)]
-    assert f"{losses[0]:.3f} at step 1, {losses[-1]:.3f} at step 6 (chance: 5.704)" in lines[1]  # log 300
-    assert f"{load_manifest(prepared).unigram_perplexity:.1f}" in lines[2]
-    assert [line.split(" (")[0].strip() for line in lines[3:]] == [
-        "validation perplexity 25.2 at context 16", "validation perplexity 20.1 at context 32",
-    ]  # fmt: skip

@@ -75,6 +75,10 @@ def same_arrays(a, b, vocab_size):
         ({"block": "qwen3", "tie_embeddings": False}, {}),
         ({}, {"layout": "approximate,mlp,standard,static_emb_qk"}),
         ({"num_layers": 2, "block": "qwen3"}, {"variant": "fixed_seq_qk", "layout": "even"}),
+        ({"block": "qwen3", "head_dim": 6}, {}),  # 4 heads of 6 in a width of 16
+        ({"head_dim": 2, "tie_embeddings": False}, {}),
+        ({"block": "qwen3", "head_dim": 6}, {"layout": "approximate,mlp,standard,rnd_emb_qk"}),
+        ({"num_layers": 1, "hidden_size": 18, "head_dim": 6}, {}),  # 4 heads do not divide 18
         ({"num_layers": 1}, {"variant": "rnd_emb_qk"}),
     ],
 )
@@ -186,6 +190,25 @@ def test_the_config_is_what_transformers_writes(standard):
         assert settings_of({**config, **idle}, "") == settings_of(config, "")
 
 
+def test_the_width_of_a_head(standard):
+    """What a config.json means that does not say it: in Qwen3 128, as in transformers, in Qwen2 what the sizes give."""
+    config = json.loads((standard / "export" / "config.json").read_text())
+    assert config["head_dim"] == 4 and settings_of(config, "")["head_dim"] == 0
+    three = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    silent = {key: value for key, value in config.items() if key != "head_dim"}
+    for changed, width in (
+        (silent, 0),
+        ({**silent, **three}, 128),
+        ({**silent, **three, "hidden_size": 512}, 0),
+        ({**config, **three}, 0),
+        ({**config, "head_dim": None}, 0),
+        ({**config, **three, "head_dim": None}, 0),
+        ({**config, "head_dim": 6}, 6),
+        ({**config, **three, "head_dim": 6, "hidden_size": 18}, 6),
+    ):
+        assert settings_of(changed, "")["head_dim"] == width
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -201,10 +224,17 @@ def test_the_config_is_what_transformers_writes(standard):
         ({"rope_parameters": ..., "rope_theta": ...}, "has no rope_theta"),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "use_sliding_window=true"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types='sliding_attention'"),
-        ({"head_dim": 8}, "head_dim=8 is not supported; it must be hidden_size / num_attention_heads = 4"),
+        ({"head_dim": 8}, r"self_attn.k_proj.bias is \[8\]; config.json makes it \[16\]"),
+        ({"head_dim": 3}, r"heads of the odd width 3 \(head_dim\) are not supported, RoPE cannot rotate them"),
+        ({"head_dim": 4.0}, "head_dim=4.0: expected a whole number of at least 1"),
+        ({"head_dim": 0}, "head_dim=0: expected a whole number of at least 1"),
+        ({"head_dim": ..., "hidden_size": 12}, "heads of the odd width 3"),
         ({"hidden_size": ...}, "has no hidden_size"),
         ({"hidden_size": 16.5}, "hidden_size=16.5: expected a whole number"),
-        ({"num_attention_heads": 3}, "num_attention_heads=3 does not divide hidden_size=16"),
+        (
+            {"num_attention_heads": 3, "head_dim": ...},
+            "num_attention_heads=3 does not divide hidden_size=16, and there is no head_dim",
+        ),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias=true"),
         ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "no tensor .*self_attn.k_norm.weight"),

@@ -1,6 +1,5 @@
-"""Against transformers: the same logits and gradients, both ways. Skipped where it is not installed (extra peers)."""
+"""Against transformers: the same logits and gradients, both ways. Run by `make proof`."""
 
-import importlib.util
 import json
 
 import jax
@@ -15,21 +14,24 @@ from deconstruct.bench.rounds import Case
 from deconstruct.interop.export_checkpoint import export_checkpoint
 from deconstruct.interop.huggingface import flat, stored
 from deconstruct.interop.import_checkpoint import import_checkpoint
+from deconstruct.model.decode import Decoder
 from deconstruct.model.placement import split_model
 from deconstruct.model.restack import to_layers
 from deconstruct.run.restore import restore_model
 from tests.interop.made import make_config, make_workdir
+from tests.need import need
 
-if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-    pytest.skip("transformers and torch are not installed (extra peers)", allow_module_level=True)
+need("torch", "transformers", extra="peers")
 
-import torch
-import transformers
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
+pytestmark = pytest.mark.proof
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 40))
+NEW = 16  # tokens of a continuation
 SHAPE = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -39,27 +41,30 @@ SHAPE = {
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
-# kind, kv heads, tied, rope_theta
+# kind, kv heads, tied, rope_theta, head_dim (8 is 32 / 4)
 MODELS = {
-    "qwen2, MHA, tied": ("qwen2", 4, True, 1e6),
-    "qwen2, MHA, untied": ("qwen2", 4, False, 1e4),
-    "qwen2, GQA, tied": ("qwen2", 2, True, 1e6),
-    "qwen2, one kv head, untied": ("qwen2", 1, False, 5e5),
-    "qwen3, MHA, tied": ("qwen3", 4, True, 1e6),
-    "qwen3, GQA, untied": ("qwen3", 2, False, 1e6),
+    "qwen2, MHA, tied": ("qwen2", 4, True, 1e6, 8),
+    "qwen2, MHA, untied": ("qwen2", 4, False, 1e4, 8),
+    "qwen2, GQA, tied": ("qwen2", 2, True, 1e6, 8),
+    "qwen2, one kv head, untied": ("qwen2", 1, False, 5e5, 8),
+    "qwen3, MHA, tied": ("qwen3", 4, True, 1e6, 8),
+    "qwen3, GQA, untied": ("qwen3", 2, False, 1e6, 8),
+    "qwen3, GQA, tied, wide heads": ("qwen3", 2, True, 1e6, 16),
+    "qwen3, MHA, untied, narrow heads": ("qwen3", 4, False, 1e6, 6),
+    "qwen2, GQA, tied, wide heads": ("qwen2", 2, True, 1e6, 16),
 }
 # Sums of some hundred products in float32, taken in another order, through two layers: logits of size 5 came out
 # within 7e-6. The contract is 1e-4.
 TOLERANCE = 1e-4
 
 
-def make_peer(folder, kind, kv_heads, tied, theta, dtype="float32", four=False):
+def make_peer(folder, kind, kv_heads, tied, theta, head_dim, dtype="float32", four=False):
     """Saves a random model as transformers does and loads it again; four: with the config.json of transformers 4."""
     config_class = getattr(transformers, f"{kind.capitalize()}Config")
     config = config_class(
         **SHAPE,
         num_key_value_heads=kv_heads,
-        head_dim=8,
+        head_dim=head_dim,
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
     )
@@ -109,7 +114,7 @@ def test_the_same_logits_both_ways(tmp_path, name):
     np.testing.assert_array_equal(peer_logits(load_peer(tmp_path / "ours", "float32")), expected)
 
 
-@pytest.mark.parametrize("name", ["qwen2, GQA, tied", "qwen3, GQA, untied"])
+@pytest.mark.parametrize("name", ["qwen2, GQA, tied", "qwen3, GQA, untied", "qwen3, GQA, tied, wide heads"])
 def test_bfloat16(tmp_path, name):
     peer = make_peer(tmp_path / "theirs", *MODELS[name], dtype="bfloat16")
     import_checkpoint(tmp_path / "theirs", tmp_path / "workdir")
@@ -134,7 +139,7 @@ def test_bfloat16(tmp_path, name):
     assert np.abs(rounded - theirs).max() < 2 * theirs_off.max()
 
 
-@pytest.mark.parametrize("name", ["qwen2, GQA, tied", "qwen3, GQA, untied"])
+@pytest.mark.parametrize("name", ["qwen2, GQA, tied", "qwen3, GQA, untied", "qwen3, GQA, tied, wide heads"])
 def test_the_same_gradients_of_the_mean_loss(tmp_path, name):
     peer = make_peer(tmp_path / "theirs", *MODELS[name])
     tokens = torch.tensor(TOKENS)
@@ -163,6 +168,40 @@ def test_the_same_gradients_of_the_mean_loss(tmp_path, name):
         scale = max(scale, np.abs(theirs[entry.name]).max())
     print(f"{name}: gradients differ by at most {largest:.2e}, the largest is {scale:.2f}")
     assert largest < 1e-5 * scale  # float32 rounding, as above
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_greedy_continuation(tmp_path, name):
+    """Of an import, decoded with our cache and with theirs."""
+    peer = make_peer(tmp_path / "theirs", *MODELS[name])
+    import_checkpoint(tmp_path / "theirs", tmp_path / "workdir")
+    prompts = torch.tensor(TOKENS)
+    # Without a mask of their own, prompts that hold the id of padding are taken for padded ones.
+    said = {"attention_mask": torch.ones_like(prompts), "pad_token_id": 0}
+    theirs = peer.generate(prompts, **said, max_new_tokens=NEW, do_sample=False)
+    np.testing.assert_array_equal(greedy(restore_model(tmp_path / "workdir", dtype="float32")), theirs[:, -NEW:])
+
+
+def greedy(model):
+    """int [B, NEW], after TOKENS."""
+    decoder = Decoder(model, len(TOKENS), TOKENS.shape[1] + NEW)
+    logits, cache = decoder.prefill(jnp.asarray(TOKENS))
+    tokens = [logits.argmax(-1)]
+    while len(tokens) < NEW:
+        logits, cache = decoder.extend(tokens[-1][:, None], cache)
+        tokens.append(logits.argmax(-1))
+    return np.stack(tokens, axis=1)
+
+
+def test_a_qwen3_that_does_not_say_its_head_dim(tmp_path):
+    """Ours and theirs read the same from such a config.json: heads of 128."""
+    make_peer(tmp_path / "theirs", "qwen3", 2, True, 1e6, 128)
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    del config["head_dim"]
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    import_checkpoint(tmp_path / "theirs", tmp_path / "workdir")
+    expected = peer_logits(load_peer(tmp_path / "theirs", "float32"))
+    assert np.abs(logits(tmp_path / "workdir", "float32") - expected).max() < TOLERANCE
 
 
 def test_transformers_refuses_a_hybrid(tmp_path):

@@ -42,9 +42,8 @@ def folder(tmp_path_factory):
         (texts / f"{i}.txt").write_text(" ".join(draw.choice(["fog", "sea", "ship", "lamp"], 30)) + "\n")
     options = {"row_length": 12, "validation_fraction": 0.2, "workers": 1, "tokenizer": str(folder / "tokenizer.json")}
     prepare(PrepareOptions(input=(str(texts),), output=str(folder / "prepared"), **options))
-    export_checkpoint(
-        make_workdir(folder / "workdir", make_config({"vocab_size": 50, "num_layers": 2})), folder / "export"
-    )
+    model = {"vocab_size": 50, "num_layers": 2, "block": "qwen3", "head_dim": 6}  # 4 heads in a width of 16
+    export_checkpoint(make_workdir(folder / "workdir", make_config(model)), folder / "export")
     (folder / "export" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     return folder
 

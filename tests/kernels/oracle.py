@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,11 @@ def inputs(shape: tuple[int, ...], seed: int = 0) -> Arrays:
     )
     q, k, v, g = (rng.normal(size=size) for size in sizes)
     return q, k, v, g
+
+
+def begins(starts: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """The `begins` of a mask, int32 [B, length], from the first positions of each row's documents."""
+    return np.stack([np.repeat(row, np.diff([*row, length])) for row in starts]).astype(np.int32)
 
 
 def definition(weights: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

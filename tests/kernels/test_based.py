@@ -1,4 +1,4 @@
-"""Against flash-linear-attention's plain PyTorch functions. Skipped where they are not installed (extra peers)."""
+"""Against flash-linear-attention's plain PyTorch functions. Run by `make proof`."""
 
 import importlib.util
 from pathlib import Path
@@ -10,12 +10,13 @@ import oracle
 import pytest
 
 from deconstruct.kernels import reference, taylor
+from tests.need import need
 
-if not all(importlib.util.find_spec(name) for name in ("torch", "einops", "fla")):
-    pytest.skip("torch and fla-core are not installed (extra peers)", allow_module_level=True)
+need("torch", "einops", "fla", extra="peers")
 
-import torch
+import torch  # noqa: E402
 
+pytestmark = pytest.mark.proof
 LENGTH, CHUNK = 256, 64
 
 

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 
 from deconstruct.attention.form import Shape
 from deconstruct.attention.variants import find_variant
+from deconstruct.config import ModelConfig
 from deconstruct.kernels import reference
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 300, 4, 2, 8
@@ -88,7 +90,7 @@ def test_mixing_and_decoding_are_the_recurrence(case):
     recurrence, factor = CASES[case]
     q, k, v = draw(case)
     want = factor * by_head(recurrence, q, k, v)
-    form = find_variant(case.split(",")[0]).form()
+    form = find_variant(case.split(",")[0]).form(ModelConfig(), nnx.Rngs(params=0))
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
     # A score of 600 in float32 is off by 600 x 2^-24 = 4e-5, and so is the weight it gives.
     tolerance = 1e-4 if "extreme" in case else oracle.FLOAT32

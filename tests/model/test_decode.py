@@ -28,7 +28,11 @@ def decode(model, tokens, chunks, cache_length=LENGTH):
 @pytest.mark.parametrize("layout", ["uniform", "even"])
 @pytest.mark.parametrize("name", MIXER_NAMES)
 def test_prefill_and_steps_are_the_full_forward_pass(name, layout):
-    sizes = {"init_std": 0.2, "num_kv_heads": 2}
+    check_decoding(name, layout, {})
+
+
+def check_decoding(name, layout, sizes):
+    sizes = {"init_std": 0.2, "num_kv_heads": 2, **sizes}
     config = tiny_config(sizes, variant=name, layout=layout, sequence_length=LENGTH).model
     model = build_model(config, seed=3)
     tokens = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, config.vocab_size)
@@ -40,6 +44,12 @@ def test_prefill_and_steps_are_the_full_forward_pass(name, layout):
     tolerance = 1e-3 if "diagonal" in name else 2e-5
     np.testing.assert_allclose(got, want, atol=tolerance * float(jnp.abs(want).max()))
     assert float(jnp.abs(want[0] - want[-1]).max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", MIXER_NAMES)
+def test_heads_wider_than_their_share_decode_alike(name):
+    """Four heads of 6 in a width of 16, in the block that norms them."""
+    check_decoding(name, "even", {"block": "qwen3", "head_dim": 6})
 
 
 @pytest.mark.parametrize("layout", ["uniform", "even"])

@@ -52,7 +52,7 @@ def here():
 
 def start(code, *arguments, devices=1):
     head = f"import jax; jax.config.update('jax_num_cpu_devices', {devices})\n"
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(Path(checkpoint.__file__).parents[1]))
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(Path(checkpoint.__file__).parents[2]))
     command = [sys.executable, "-c", head + COMMON + code, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -20,6 +20,7 @@ from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.restore import restore_model
 from deconstruct.run.workdir import Workdir
 from deconstruct.train.loop import train
+from deconstruct.train.resume import check_same_run, make_meta
 from deconstruct.types import UserError
 from tests.tiny import tiny_config
 
@@ -73,7 +74,7 @@ def test_running_again_when_done_changes_nothing(whole, prepared):
     assert Workdir(whole).metrics.read_text() == before
 
 
-@pytest.mark.parametrize("stop", [3, 6])
+@pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.proof)])
 def test_stopping_and_resuming_is_the_same_run(whole, prepared, tmp_path, stop):
     assert train(run_config(prepared, steps=stop), tmp_path) == 0
     assert train(run_config(prepared), tmp_path) == 0
@@ -99,11 +100,24 @@ def test_the_plan_may_change_between_writing_and_reading(whole, prepared, tmp_pa
         ({"batch_size": 16}, r"config.batch_size=16, but .* with 8"),
         ({"layout": "odd"}, r"config.layout=standard,fixed_seq_qk,.* but .* fixed_seq_qk,standard"),
         ({"model": {"intermediate_size": 32}}, r"config.model.intermediate_size=32, but .* with 24"),
+        ({"model": {"head_dim": 8}}, r"config.model.head_dim=8, but .* with 4"),
     ],
 )
 def test_another_run_is_refused_by_naming_the_difference(whole, prepared, change, message):
     with pytest.raises(UserError, match=message):
         train(run_config(prepared, **change), whole)
+
+
+def test_what_zero_stands_for_may_be_spelled_out():
+    """0 key heads are as many as heads, 0 of a head's width is hidden_size / num_heads: 16 / 4."""
+    plain, explicit = tiny_config(), tiny_config({"num_kv_heads": 4, "head_dim": 4})
+    for saved, now in ((plain, explicit), (explicit, plain)):
+        check_same_run(now, make_meta(saved, 3, "data", "tokenizer"), "data", "tokenizer")
+    old = plain.to_dict()
+    del old["model"]["head_dim"]  # a run from before there was such a key
+    check_same_run(explicit, make_meta(plain, 3, "data", "tokenizer") | {"config": old}, "data", "tokenizer")
+    with pytest.raises(UserError, match=r"config.model.num_kv_heads=2, but this workdir holds a run with 4"):
+        check_same_run(tiny_config({"num_kv_heads": 2}), make_meta(plain, 3, "d", "t"), "d", "t")
 
 
 def test_other_data_is_refused(whole, other_prepared):
@@ -171,6 +185,7 @@ def kill_when(process, ready, what, limit=120):
     process.wait()
 
 
+@pytest.mark.proof
 def test_killed_in_an_epoch_and_in_a_save_the_metrics_are_those_of_an_uninterrupted_run(prepared, tmp_path):
     config = run_config(prepared, steps=60, accumulation=2, checkpoint_every=4, mesh={"data": 2, "fsdp": 1})
     launch = Launch(tmp_path / "launch", config)
@@ -187,6 +202,7 @@ def test_killed_in_an_epoch_and_in_a_save_the_metrics_are_those_of_an_uninterrup
     assert trajectory(broken) == trajectory(tmp_path / "whole")
 
 
+@pytest.mark.proof
 def test_the_number_of_hosts_may_change(prepared, tmp_path):
     """Half a run by one process of two devices, the rest by two processes of one: the metrics of one process alone."""
     config = run_config(prepared, mesh={"data": 2, "fsdp": 1})
@@ -200,6 +216,7 @@ def test_the_number_of_hosts_may_change(prepared, tmp_path):
     assert trajectory(tmp_path / "shared") == trajectory(tmp_path / "alone")
 
 
+@pytest.mark.proof
 def test_sigterm_saves_and_says_try_again(prepared, tmp_path):
     config = run_config(prepared, steps=100_000, checkpoint_every=100_000)
     launch = Launch(tmp_path / "launch", config)

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from deconstruct.distributed.mesh import make_mesh
-from deconstruct.train.optimizer import decay_mask, make_optimizer, make_schedule
+from deconstruct.model.placement import decay_mask
+from deconstruct.train.optimizer import make_optimizer, make_schedule
 from deconstruct.train.state import make_state_spec
 from deconstruct.train.step import batch_of, make_step
 from tests.tiny import PAPER_NAMES, tiny_config
@@ -123,8 +124,7 @@ def test_schedule():
 
 
 def test_norms_and_biases_are_not_decayed():
-    _, _, state = prepare(tiny_config({"block": "qwen3"}))
-    mask = decay_mask(state.params)
+    mask = decay_mask(tiny_config({"block": "qwen3"}).model)
     flat = {".".join(str(k.key) for k in path): keep for path, keep in jax.tree_util.tree_leaves_with_path(mask)}
     assert {name for name, keep in flat.items() if not keep} == {
         name for name in flat if name.endswith((".scale", ".bias"))

@@ -31,7 +31,7 @@ class SelfGate(Form):
         return reference.self_gate_weights(q, k, mask)
 
     def kernels(self) -> dict[str, Kernel]:
-        return {"xla": Kernel(_mix, self_gate_attention, _init_cache)}
+        return {"xla": Kernel(_mix, _extend, _init_cache)}
 
     def flops(self, shape: Shape) -> Flops:
         gates = 2.0 * shape.length * shape.heads * shape.head_dim * shape.qk_batch
@@ -44,7 +44,11 @@ class SelfGate(Form):
 
 
 def _mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    return self_gate_attention(q, k, v, None, mask)[0]
+    return self_gate_attention(q, k, v, mask=mask)[0]
+
+
+def _extend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, mask: Mask) -> tuple[jax.Array, Any]:
+    return self_gate_attention(q, k, v, cache, mask=mask)
 
 
 def _init_cache(shape: Shape, dtype: Any) -> Any:

@@ -33,7 +33,7 @@ class Softmax(Form):
     def kernels(self) -> dict[str, Kernel]:
         # A token that is decoded reads its cache by XLA's program with either; cuDNN takes the prompt.
         return {
-            "xla": Kernel(softmax_attention, _extend, _init_cache),
+            "xla": Kernel(_mix, _extend, _init_cache),
             "cudnn": Kernel(_cudnn, _extend_cudnn, _init_cache, _cudnn_refuses),
         }
 
@@ -50,11 +50,15 @@ def _init_cache(shape: Shape, dtype: Any) -> kv_cache.KVCache:
     return kv_cache.init_kv_cache(shape.qk_batch, shape.batch, shape.length, *sizes, dtype)
 
 
+def _mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    return softmax_attention(q, k, v, mask=mask)
+
+
 def _extend(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: kv_cache.KVCache, mask: Mask, mix: Any = softmax_attention
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: kv_cache.KVCache, mask: Mask, mix: Any = _mix
 ) -> tuple[jax.Array, kv_cache.KVCache]:
     new, cache = cache.is_new, kv_cache.append(cache, k, v)
-    return (mix(q, k, v, mask) if new else softmax_last(q, cache, v.shape[0], mask)), cache
+    return (mix(q, k, v, mask) if new else softmax_last(q, cache, v.shape[0], mask=mask)), cache
 
 
 def _extend_cudnn(

@@ -32,7 +32,7 @@ class Taylor(Form):
         return reference.taylor_weights(q, k, mask)
 
     def kernels(self) -> dict[str, Kernel]:
-        return {"xla": Kernel(taylor_attention, taylor_chunked, _init_cache)}
+        return {"xla": Kernel(taylor_attention, _extend, _init_cache)}
 
     def flops(self, shape: Shape) -> Flops:
         dense = super().flops(shape).dense
@@ -44,6 +44,10 @@ class Taylor(Form):
         features = 1 + shape.head_dim + shape.head_dim**2
         columns = shape.batch * shape.head_dim + shape.qk_batch
         return Flops.exactly(2.0 * features * columns * (shape.heads + shape.kv_heads))
+
+
+def _extend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, mask: Mask) -> tuple[jax.Array, Any]:
+    return taylor_chunked(q, k, v, cache, mask=mask)
 
 
 def _init_cache(shape: Shape, dtype: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from deconstruct.config import MeshConfig
 from deconstruct.distributed.mesh import make_mesh, single_device_mesh
-from deconstruct.evaluate.perplexity import Perplexity, Result, windows
+from deconstruct.evaluate.window_losses import Result, WindowLosses, windows
 from deconstruct.model.language_model import build_model
 from deconstruct.types import UserError
 from tests.tiny import tiny_config
@@ -72,7 +72,7 @@ def test_perplexity_is_what_the_logits_say(model, context, stride, devices):
     stream = np.random.default_rng(0).integers(0, 40, 100).astype(np.int32)
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1)) if devices == 8 else single_device_mesh()
     with jax.set_mesh(mesh):
-        result = Perplexity(mesh, tokens_per_batch=8 * context)(model, stream, context, stride)
+        result = WindowLosses(mesh, tokens_per_batch=8 * context)(model, stream, context, stride)
     nll, count = by_hand(model, stream, context, stride)
     assert result.tokens == count == 99
     # float32 logits and losses of the program, against their sums in float64.
@@ -84,12 +84,12 @@ def test_perplexity_is_what_the_logits_say(model, context, stride, devices):
 def test_a_program_is_compiled_once(model, caplog):
     """For all checkpoints of a shape, at one context; the last, ragged batch included."""
     stream = np.random.default_rng(1).integers(0, 40, 60).astype(np.int32)
-    perplexity = Perplexity(single_device_mesh(), tokens_per_batch=32)
+    losses = WindowLosses(single_device_mesh(), tokens_per_batch=32)
     compiled, values = [], []
     for live in (model, build_model(model.config, seed=4)):
         caplog.clear()
         with jax.log_compiles():
-            values.append(perplexity(live, stream, 8, 8).nll)
+            values.append(losses(live, stream, 8, 8).nll)
         compiled.append([r for r in caplog.records if "Compiling jit(losses)" in r.getMessage()])
     assert (len(compiled[0]), len(compiled[1])) == (1, 0)
     assert values[0] != values[1]
@@ -97,18 +97,18 @@ def test_a_program_is_compiled_once(model, caplog):
 
 def test_context_beyond_the_fixed_stream_names_both():
     config = tiny_config(variant="rnd_emb_qk", layout="even").model
-    perplexity = Perplexity(single_device_mesh())
+    losses = WindowLosses(single_device_mesh())
     message = r"--contexts=13: the fixed stream \(fixed_random\) of this model has only 12 positions"
     with pytest.raises(UserError, match=message):
-        perplexity(build_model(config), np.arange(30), 13, 13)
+        losses(build_model(config), np.arange(30), 13, 13)
     free = dataclasses.replace(config, layers=("standard", "standard"))
-    assert perplexity(build_model(free), np.arange(30), 13, 13).tokens == 29
+    assert losses(build_model(free), np.arange(30), 13, 13).tokens == 29
 
 
 def test_a_text_without_a_token_to_score(model):
     for count in (0, 1):
         with pytest.raises(UserError, match=f"the text has {count} tokens; two are needed"):
-            Perplexity(single_device_mesh())(model, np.arange(count), 8, 8)
+            WindowLosses(single_device_mesh())(model, np.arange(count), 8, 8)
 
 
 def test_a_hopeless_loss_has_a_perplexity():
