@@ -23,7 +23,11 @@ def mixer_parameters(config: ModelConfig, name: str) -> int:
 @functools.lru_cache(maxsize=512)
 def _count(config: ModelConfig, name: str, variant: Variant) -> int:
     del variant  # a part of the key: a class may be registered anew under its name
-    mixer = nnx.eval_shape(lambda: make_mixer(name, config, nnx.Rngs(params=0)))
+    return count_parameters(nnx.eval_shape(lambda: make_mixer(name, config, nnx.Rngs(params=0))))
+
+
+def count_parameters(mixer: nnx.Module) -> int:
+    """Trained parameters of a mixer, or of its shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)))
 
 
@@ -35,9 +39,14 @@ def mlp_width(config: ModelConfig, name: str) -> int:
     """
     if not config.match_parameters:
         return config.intermediate_size
+    return width_beside(config, mixer_parameters(config, name), name)
+
+
+def width_beside(config: ModelConfig, parameters: int, name: str) -> int:
+    """The width that makes the parameters equal, of the MLP beside a mixer of so many; `name` is for the message."""
     # What programs and masks a standard layer could have is no matter: it is counted, and is not in the model.
     plain = dataclasses.replace(config, impl="auto", document_mask=False)
-    surplus = mixer_parameters(config, name) - mixer_parameters(plain, STANDARD)
+    surplus = parameters - mixer_parameters(plain, STANDARD)
     width = config.intermediate_size - round(surplus / (3 * config.hidden_size))
     if width < 1:
         raise UserError(

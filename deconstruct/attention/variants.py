@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from flax import nnx
@@ -112,16 +113,34 @@ def _describe(expected: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(expected, str(expected))
 
 
+def variant_of(cls: type, options: Mapping[str, Any] | None = None) -> Variant:
+    """What a form (over hidden states) or a mixer stands for, registered or not. Raises UserError for another class."""
+    given = tuple(sorted((options or {}).items()))
+    if issubclass(cls, Form):
+        return Variant(SOURCES["hidden"], cls, None, given)
+    if issubclass(cls, Mixer) and cls is not Attention:
+        return Variant(None, None, cls, given)
+    raise UserError(f"{cls.__name__}: expected a subclass of Form or of Mixer, or the name of a variant")
+
+
 def make_mixer(name: str, config: ModelConfig, rngs: nnx.Rngs) -> Mixer:
     """The mixer of a layer. Raises UserError where the name, an option, or a setting of the model does not suit it."""
-    source, form, mixer, options = find_variant(name)
+    variant = find_variant(name)
     try:
-        if mixer is None:
-            assert source is not None and form is not None
-            return Attention(config, source, form, rngs, dict(options))
-        made = mixer(config, rngs, **dict(options))
+        return make(variant, config, rngs)
     except UserError as error:
-        raise UserError(f"variant {name!r}: {error}") if options and "config." not in str(error) else error from None
+        if variant.options and "config." not in str(error):
+            raise UserError(f"variant {name!r}: {error}") from None
+        raise error from None
+
+
+def make(variant: Variant, config: ModelConfig, rngs: nnx.Rngs) -> Mixer:
+    """The mixer of what a name stands for."""
+    source, form, mixer, options = variant
+    if mixer is None:
+        assert source is not None and form is not None
+        return Attention(config, source, form, rngs, dict(options))
+    made = mixer(config, rngs, **dict(options))
     if config.document_mask and not made.documents:
         raise UserError(
             f"config.document_mask=true: mixer '{made.name}' does not keep to the borders of documents; take another, "

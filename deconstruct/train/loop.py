@@ -22,6 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from deconstruct.attention.extensions import without_file
+from deconstruct.attention.trial import sees_the_future
 from deconstruct.attention.variants import reads_fixed_text
 from deconstruct.config import Config
 from deconstruct.costs import accounting
@@ -109,6 +110,17 @@ def _check_code(config: Config) -> None:
         )
 
 
+def _check_causal(config: Config) -> None:
+    """Raises UserError for a layer that sees what it is to foretell: it would train well, and know nothing."""
+    for name in dict.fromkeys(config.model.layers):
+        leak = sees_the_future(name, config.model)
+        if leak is not None:
+            raise UserError(
+                f"variant {name!r}: position {leak.position} changes when position {leak.future} does: it sees the "
+                f"future; dc.check({name!r}) says more"
+            )
+
+
 def latest_step_everywhere(run_dir: Workdir) -> int | None:
     """The latest finished step as process 0 sees it: a shared file system may show the others an older listing."""
     latest = checkpoint.latest_step(run_dir.checkpoints)
@@ -137,6 +149,8 @@ class Run:
         chooses = meta is None or (meta["data"] is None and "frozen/fixed" in meta["drawn"])
         self.fixed_tokens = self._fixed_tokens() if chooses else None
         pipeline.Windows(config.data, "train", config.sequence_length)
+        if meta is None:
+            _check_causal(config)
         with self.clock.measure("compile"):
             self.lowered = self._lower()
         flops = accounting.train_flops(config.model, config.batch_size, config.sequence_length).needed
