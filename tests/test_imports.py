@@ -23,7 +23,7 @@ FLOORS = [
     {"attention"},
     {"model"},
     {"run", "costs"},
-    {"train", "evaluate", "interop", "generation"},
+    {"train", "evaluate", "interop", "generation", "draw"},
     {"bench"},
     {"cli"},
 ]
