@@ -25,6 +25,7 @@ VERBS = {
         "make a workdir of a Hugging Face checkpoint (qwen2, qwen3), or a hybrid of it",
     ),
     "export": ("deconstruct.interop.export_checkpoint", "write a checkpoint of a workdir as Hugging Face safetensors"),
+    "draw": ("deconstruct.draw.command", "draw attention maps and training losses of runs"),
     "bench": ("deconstruct.bench.command", "measure the speed of training and decoding, alone or beside transformers"),
 }
 USER_ERROR, FAILURE = 2, 1

@@ -25,7 +25,7 @@ FLOORS = [
     {"model"},
     {"experiment"},
     {"run", "costs"},
-    {"train", "evaluate", "interop", "generation"},
+    {"train", "evaluate", "interop", "generation", "draw"},
     {"bench"},
     {"cli"},
 ]
