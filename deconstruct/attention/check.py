@@ -14,7 +14,8 @@ import jax
 
 from deconstruct.attention.form import Form
 from deconstruct.attention.mixer import Mixer
-from deconstruct.attention.rows import ROWS, FailedError, NotApplicableError, Subject
+from deconstruct.attention.rows import ROWS
+from deconstruct.attention.subject import FailedError, NotApplicableError, Subject
 from deconstruct.attention.trial import alone
 from deconstruct.attention.variants import find_variant, options_of, variant_of
 from deconstruct.types import UserError
