@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deconstruct.attention.attention import Attention as Attention
+    from deconstruct.attention.check import check as check
     from deconstruct.attention.form import Flops as Flops
     from deconstruct.attention.form import Form as Form
     from deconstruct.attention.form import Kernel as Kernel
@@ -38,7 +39,8 @@ _HOMES = {
     "load_config": "deconstruct.experiment",
     "build_model": "deconstruct.model.language_model",
     "restore_model": "deconstruct.run.restore",
-    # What forms, mixers and sources of one's own are built on.
+    # What forms, mixers and sources of one's own are built on, and whether they keep to their contract.
+    "check": "deconstruct.attention.check",
     "register_form": "deconstruct.attention.registry",
     "register_mixer": "deconstruct.attention.registry",
     "register_source": "deconstruct.attention.registry",

@@ -63,6 +63,11 @@ class Site(NamedTuple):
     platform: str | None = None
 
 
+def platform() -> str:
+    """Where programs run by default: cpu, gpu or tpu."""
+    return {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
+
+
 def _runs_anywhere(site: Site) -> str | None:
     return None
 
@@ -206,9 +211,8 @@ class Form(nnx.Module):
         return {"reference": Kernel(self._mix_by_definition, self._extend_by_definition, self._keep), **self.kernels()}
 
     def _running(self, q: jax.Array, v: jax.Array, mask: Mask) -> Kernel:
-        platform = {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
         shared = q.shape[0] != v.shape[0]
-        self.check(Site(str(q.dtype), q.shape[-1], shared, mask.documents, platform))
+        self.check(Site(str(q.dtype), q.shape[-1], shared, mask.documents, platform()))
         _announce(self.name, self.resolved_impl())
         return self.kernel()
 

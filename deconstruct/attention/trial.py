@@ -32,12 +32,22 @@ HEAD_DIM = 8
 _log = logging.getLogger(__name__)
 
 
-class Inputs(NamedTuple):
-    """Normed streams and token embeddings, as a block hands them to its mixer. None where the mixer reads none."""
+@functools.cache
+def _tables(head_size: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    cos, sin = compiled(lambda: rope_tables(jnp.arange(POSITIONS), head_size, theta))()
+    return np.asarray(cos), np.asarray(sin)
 
-    h: jax.Array  # [B, L, d]
-    static: jax.Array | None
-    x: jax.Array | None  # [1, L, d]
+
+class Inputs(NamedTuple):
+    """Normed streams and token embeddings, as a block hands them to its mixer. None where the mixer reads none.
+
+    They lie on the host as long as they can: each of the small programs that would put them together has to be
+    compiled.
+    """
+
+    h: Any  # [B, L, d]
+    static: Any
+    x: Any  # [1, L, d]
 
     def cut(self, begin: int, end: int) -> Inputs:
         return jax.tree.map(lambda x: x[:, begin:end], self)
@@ -64,28 +74,32 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Trial:
-    """A mixer of its own size: `graphdef` and `state` (parameters, the rest), merged by `mixer`."""
+    """A mixer of its own size: `graphdef` and `state` (parameters, the rest), merged by `mixer`.
 
-    def __init__(self, variant: Variant, config: ModelConfig):
+    `state`: another trial's, whose parameters have the same shapes.
+    """
+
+    def __init__(self, variant: Variant, config: ModelConfig, state: Any = None):
         self.config = config
-        # The quickest generator to compile.
-        key = jax.random.key(0, impl="unsafe_rbg")
 
         def build() -> nnx.Module:
-            return make(variant, config, nnx.Rngs(params=key))
+            # The generator that is quickest to compile.
+            return make(variant, config, nnx.Rngs(params=jax.random.key(0, impl="unsafe_rbg")))
 
         def draw() -> Any:
             return tuple(nnx.to_pure_dict(part) for part in nnx.split(build(), nnx.Param, ...)[1:])
 
         random = np.random.default_rng(0)
 
-        def noisy(x: jax.Array) -> jax.Array:
-            return x + jnp.asarray(NOISE * random.standard_normal(x.shape), x.dtype)
+        def noisy(x: jax.Array) -> np.ndarray:
+            return np.asarray(x) + (NOISE * random.standard_normal(x.shape)).astype(x.dtype)
 
         self.abstract: Any = nnx.eval_shape(build)
         self.graphdef = nnx.split(self.abstract, nnx.Param, ...)[0]
-        params, rest = compiled(draw)()
-        self.state = jax.tree.map(noisy, params), rest
+        if state is None:
+            params, rest = compiled(draw)()
+            state = jax.device_put((jax.tree.map(noisy, params), rest))
+        self.state = state
 
     def mixer(self, state: Any) -> Any:
         return nnx.merge(self.graphdef, *state)
@@ -94,17 +108,18 @@ class Trial:
         """Inputs of a standard deviation of one, as norms leave them."""
         random = np.random.default_rng(seed)
 
-        def normal(rows: int) -> jax.Array:
-            return jnp.asarray(random.standard_normal((rows, length, self.config.hidden_size)), self.config.dtype)
+        def normal(rows: int) -> np.ndarray:
+            return random.standard_normal((rows, length, self.config.hidden_size)).astype(jnp.dtype(self.config.dtype))
 
         mixer = self.abstract
         return Inputs(
             normal(batch), normal(batch) if mixer.reads_static else None, normal(1) if mixer.fixed_source else None
         )
 
-    def tables(self, length: int, start: int = 0) -> tuple[jax.Array, jax.Array]:
+    def tables(self, length: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin of `length` positions from `start` on."""
-        return rope_tables(start + jnp.arange(length), self.config.head_size, self.config.rope_theta)
+        cos, sin = _tables(self.config.head_size, self.config.rope_theta)
+        return cos[start : start + length], sin[start : start + length]
 
     def streams(self, inputs: Inputs, tables: Any, mask: Mask) -> tuple[Streams, Streams, Context]:
         """What the mixer is called with."""
@@ -170,7 +185,7 @@ def _sizes(config: ModelConfig) -> Iterator[ModelConfig]:
 def _leak(variant: Variant, config: ModelConfig, length: int) -> Leak | None:
     trial = Trial(variant, config)
     before, after = (trial.draw(seed, 1, length) for seed in (1, 2))
-    mask = Mask(jnp.zeros((length, length), jnp.int32)) if config.document_mask else CAUSAL
+    mask = Mask(jnp.asarray(np.zeros((length, length), np.int32))) if config.document_mask else CAUSAL
     tables = trial.tables(length)
     # Row p - 1 of the batch has other inputs from position p on; the last is as it was.
     other = (np.arange(length)[None, :] > np.arange(length)[:, None])[..., None]
