@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from deconstruct.attention.mixer import Context
@@ -79,9 +80,10 @@ class LanguageModel(nnx.Module):
                 f"tokens are {tokens.dtype}{list(tokens.shape)}; expected whole numbers [batch, length], as in "
                 "tokens[None, :] for one sequence"
             )
-        if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+        if isinstance(tokens, jax.core.Tracer) or (isinstance(tokens, jax.Array) and not tokens.is_fully_addressable):
             return
-        wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        values = np.asarray(tokens)  # by numpy: known values may meet us inside a traced function
+        wrong = values[(values < 0) | (values >= self.config.vocab_size)]
         if wrong.size:
             raise UserError(
                 f"token {int(wrong[0])} is not in the vocabulary; this model has the ids 0 to "
