@@ -10,14 +10,11 @@ on from the units it has finished, which stay under OUTPUT/.partial until the ma
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +42,7 @@ from deconstruct.data.manifest import (
 from deconstruct.data.pack import SPLITS, Packer, unigram_perplexity
 from deconstruct.data.sample import Sample
 from deconstruct.data.sources import Unit, capped, documents, identity, work_units
+from deconstruct.lock import alone_in
 from deconstruct.types import UserError
 
 PARTIAL = ".partial"
@@ -109,7 +107,7 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     input_sha256 = identity(units)
     output = Path(options.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
-    with _alone_in(output):
+    with alone_in(output, "--output", "prepare"):
         if (output / FILE_NAME).exists():
             manifest = _completed(options, given, input_sha256)
         else:
@@ -244,17 +242,6 @@ def _completed(options: PrepareOptions, given: tokenizers.Tokenizer | None, inpu
     return manifest
 
 
-@contextmanager
-def _alone_in(output: Path) -> Iterator[None]:
-    """Holds the folder's lock; the system lets go of it when the process ends, however it ends."""
-    with open(output / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--output={output}: another prepare is writing here; wait for it to end") from None
-        yield
-
-
 def _require(holds: bool, name: str, value: object, range_: str) -> None:
     if not holds:
         raise UserError(f"--{name}={value}: must be {range_}")
@@ -277,8 +264,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab-size",
         type=int,
-        default=default.vocab_size,
-        help="ids of the tokenizer to train (default: %(default)s)",
+        help=f"ids of the tokenizer to train (default: {default.vocab_size})",
     )
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="use this .model or .json tokenizer instead of training one"
@@ -303,6 +289,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb and prints what came out. Returns the exit status."""
+    if args.tokenizer and args.vocab_size is not None:
+        raise UserError(f"--vocab-size={args.vocab_size}: --tokenizer={args.tokenizer} has its own; leave it out")
+    args.vocab_size = PrepareOptions.vocab_size if args.vocab_size is None else args.vocab_size
     options = {name: getattr(args, name) for name in PrepareOptions.__dataclass_fields__}
     manifest = prepare(PrepareOptions(**{**options, "input": tuple(args.input)}))
     tokens = sum(manifest[name]["tokens"] for name in SPLITS)

@@ -29,6 +29,10 @@ def start(arguments: argparse.Namespace) -> None:
     if any(value is not None for value in explicit):
         if any(value is None for value in explicit):
             raise UserError("--coordinator, --num-processes and --process-id go together: all three or none")
+        if arguments.distributed:
+            raise UserError(
+                f"--distributed: --coordinator={arguments.coordinator} says where the others are; leave one out"
+            )
         jax.distributed.initialize(*explicit)
     elif arguments.distributed:
         jax.distributed.initialize()

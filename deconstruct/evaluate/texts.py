@@ -39,6 +39,8 @@ def check_options(options: argparse.Namespace) -> None:
 
 def read_text(subject: Subject, options: argparse.Namespace) -> tuple[np.ndarray, str]:
     """The tokens int32 [N], one more than there are to predict, and what the ledger calls the text."""
+    if options.text and options.data:
+        raise UserError(f"--data={options.data}: --text={options.text} is read instead; leave one of them out")
     stream, name = _file(subject, options.text) if options.text else _validation(subject, options.data)
     return (stream[: options.max_tokens + 1] if options.max_tokens else stream), name
 

@@ -113,7 +113,7 @@ def import_checkpoint(
     layout and variant as in a config; without them the layers stay what they are. Raises UserError, leaving nothing
     behind, for a workdir that is not empty, an unsupported model, and missing, damaged or ill-shaped tensors.
     """
-    folder, place = Path(checkpoint).expanduser(), fresh_folder("--workdir", workdir)
+    folder, target = Path(checkpoint).expanduser(), fresh_folder("--workdir", workdir)
     if not folder.is_dir():
         raise UserError(f"--checkpoint={checkpoint}: there is no such folder")
     hf = read_json(folder / "config.json")
@@ -138,7 +138,7 @@ def import_checkpoint(
         "data": None,  # none yet: the first run takes its own
         "drawn": choice.drawn,
     }
-    with appearing(place) as partial:
+    with appearing(target) as partial:
         own = Workdir(partial)
         tokenizer_files.carry(tokens, folder, partial / "tokenizer")
         write_json(partial / "imported.json", {"from": str(folder.resolve()), "config": hf, "report": report})
