@@ -229,4 +229,5 @@ def test_the_command_line_without_an_input(tmp_path, capsys):
     assert manifest.train.characters + manifest.validation.characters == 400_000
     assert f"train: {manifest.train.documents:,} documents" in capsys.readouterr().out
     defaults = PrepareOptions(output="x")
-    assert vars(parser.parse_args(["--output=x"])) == {**vars(defaults), "input": []}
+    # Not given is another thing than the default: with --tokenizer it is refused.
+    assert vars(parser.parse_args(["--output=x"])) == {**vars(defaults), "input": [], "vocab_size": None}
