@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from deconstruct.cli import main
-from deconstruct.config import load_config
 from deconstruct.evaluate.table import PAPER
+from deconstruct.experiment import load_config
 from deconstruct.run.workdir import Workdir
 from tests.tiny import tiny_config
 
