@@ -39,7 +39,7 @@ class GatedMLP(Mixer):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.size, self.width = config.hidden_size, matched_width(config)
         self.mlp = SwiGLU(
-            self.size, self.width, std=config.init_std, dtype=config.dtype, rngs=rngs, width_axis="mixer_mlp"
+            self.size, self.width, std=config.init_std, dtype=config.dtype, rngs=rngs, width_axis="matched_mlp"
         )
 
     def __call__(self, streams: Streams, static: Streams, context: Context) -> Streams:

@@ -40,7 +40,11 @@ class Block(nnx.Module):
         self.mixer = make_mixer(variant, config, rngs) if mixes else None
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         width = mlp_width(config, variant)
-        self.mlp = SwiGLU(config.hidden_size, width, std=config.init_std, dtype=config.dtype, rngs=rngs)
+        # A width that follows from a parameter count is often prime: tensor parallelism leaves it whole.
+        axis = "mlp" if width == config.intermediate_size else "matched_mlp"
+        self.mlp = SwiGLU(
+            config.hidden_size, width, std=config.init_std, dtype=config.dtype, rngs=rngs, width_axis=axis
+        )
 
     def __call__(self, streams: Streams, context: Context) -> Streams:
         if self.mixer is not None:

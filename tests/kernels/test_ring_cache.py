@@ -12,6 +12,9 @@ from deconstruct.kernels import reference, softmax, taylor
 from deconstruct.kernels.mask import Mask
 from deconstruct.kernels.ring_cache import init_ring_cache, windowed_extend
 
+# The same is asked of the forms in tests/attention; here of the kernels, at more shapes.
+pytestmark = pytest.mark.proof
+
 LENGTH = 22
 # Borders on and off those of pieces of seven, and a document of one position.
 STARTS = ((0, 7, 8, 18), (0, 3))

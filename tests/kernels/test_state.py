@@ -11,6 +11,9 @@ import pytest
 from deconstruct.kernels import kv_cache, self_gate, softmax, taylor, taylor_diagonal
 from deconstruct.kernels.mask import Mask
 
+# The same is asked of the forms in tests/attention; here of the kernels, at more shapes.
+pytestmark = pytest.mark.proof
+
 STATEFUL = {
     "taylor": taylor.taylor_chunked,
     "taylor_diagonal": taylor_diagonal.taylor_diagonal_attention,
