@@ -22,7 +22,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "matched_mlp": None,  # a width that follows from a parameter count (a gated MLP's, a matched block's) is often prime
+    "matched_mlp": None,  # a width that follows from a parameter count is often prime
     # activations
     "batch": ("data", "fsdp"),
     "length": None,
