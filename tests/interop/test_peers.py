@@ -185,10 +185,10 @@ def test_the_same_greedy_continuation(tmp_path, name):
 def greedy(model):
     """int [B, NEW], after TOKENS."""
     decoder = Decoder(model, len(TOKENS), TOKENS.shape[1] + NEW)
-    logits, cache = decoder.prefill(jnp.asarray(TOKENS))
+    logits, cache, _ = decoder.prefill(jnp.asarray(TOKENS))
     tokens = [logits.argmax(-1)]
     while len(tokens) < NEW:
-        logits, cache = decoder.extend(tokens[-1][:, None], cache)
+        logits, cache, _ = decoder.extend(tokens[-1][:, None], cache)
         tokens.append(logits.argmax(-1))
     return np.stack(tokens, axis=1)
 
