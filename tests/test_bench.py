@@ -28,6 +28,7 @@ def test_generation():
     assert found["case"]["batch"] == 1 and found["tokens_per_second"]["deconstruct"] > 0
 
 
+@pytest.mark.proof
 def test_contexts():
     found = context_speed(TINY, rounds=1, contexts=(16,))
     assert list(found["variants"]) == one_of_each() and json.loads(json.dumps(found)) == found

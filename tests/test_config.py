@@ -21,6 +21,7 @@ from deconstruct.experiment import load_config, resolve
 from deconstruct.layout import LAYOUTS
 from deconstruct.model.language_model import abstract_model
 from deconstruct.types import UserError
+from tests.tiny import quick
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE, PAPER = str(CONFIGS / "base.py"), str(CONFIGS / "paper.py")
@@ -55,7 +56,7 @@ def test_every_config_file_loads(path, tmp_path):
     assert config.model.fixed_length == 0 and config.model.vocab_size > 0  # no layer reads a fixed stream
 
 
-@pytest.mark.parametrize("size", list(SIZES))
+@pytest.mark.parametrize("size", quick(list(SIZES), ["500m"]))
 def test_every_argument_of_the_paper(size):
     hidden, layers, heads = SIZES[size]
     for variant, layout, kv in itertools.product(VARIANTS, LAYOUTS, ("mha", "gqa")):

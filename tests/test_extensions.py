@@ -113,6 +113,7 @@ def test_a_run_keeps_its_code_and_runs_it_only_when_told(tmp_path, prepared, cle
     assert "owned" not in registry.FORMS
 
 
+@pytest.mark.proof
 def test_a_run_goes_on_only_with_the_code_it_began_with(tmp_path, prepared, clean):
     form, run = write_form(tmp_path / "own.py", "changing"), tmp_path / "run"
     assert train(run_config(prepared, form, "changing").replace(steps=2), run) == 0

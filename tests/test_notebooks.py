@@ -47,6 +47,7 @@ def test_a_notebook_is_valid_and_holds_no_output(path):
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
 
 
+@pytest.mark.proof
 def test_variants_depend_on_what_the_paper_says(tmp_path):
     results = run_notebook("variants", tmp_path / "results.json", "summary", "final")
     assert all(loss < 3.2 for loss in results["final"].values()), results["final"]  # log(256) = 5.5
@@ -68,6 +69,7 @@ def test_variants_depend_on_what_the_paper_says(tmp_path):
     assert all(facts["rows sum to one"] for name, facts in summary.items() if name != "mlp")
 
 
+@pytest.mark.proof
 def test_a_new_form_trains_in_a_notebook(tmp_path):
     results = run_notebook("new_form", tmp_path / "results.json", "losses", "difference", "passed")
     losses = results["losses"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from deconstruct.attention.registry import FORMS, MIXERS, SOURCES, VARIANTS
 from deconstruct.config import Config, default_config
 from deconstruct.experiment import resolve
@@ -12,6 +14,20 @@ from deconstruct.experiment import resolve
 PAIRS = [f"{source}/{form}" for source in SOURCES for form in FORMS]
 MIXER_NAMES = [*PAIRS, *MIXERS]
 PAPER_NAMES = list(VARIANTS)
+# Every form over hidden states, every source under softmax, every other mixer: the parts that all pairs are made of.
+PARTS = [name for name in MIXER_NAMES if name.startswith("hidden/") or name.endswith("/softmax") or "/" not in name]
+
+
+def quick(names: list[Any], some: list[Any]) -> list[Any]:
+    """`names` as the parameters of a test: those in `some` are run by `make test`, the others by `make proof`."""
+    return [name if name in some else pytest.param(*_values(name), marks=pytest.mark.proof) for name in names]
+
+
+def _values(name: Any) -> tuple[Any, ...]:
+    return name if isinstance(name, tuple) else (name,)
+
+
+PARTS_QUICKLY = quick(MIXER_NAMES, PARTS)
 
 MODEL = {
     "hidden_size": 16,

@@ -27,7 +27,6 @@ from deconstruct.attention.subject import (
     NEAR,
     NEAR_BFLOAT16,
     PIECE,
-    ROOM,
     FailedError,
     NotApplicableError,
     Subject,
@@ -36,7 +35,7 @@ from deconstruct.attention.subject import (
     gradients_off,
     off,
 )
-from deconstruct.attention.trial import Inputs, compiled, first_leak
+from deconstruct.attention.trial import compiled, first_leak
 from deconstruct.config import MeshConfig
 from deconstruct.distributed.mesh import make_mesh
 from deconstruct.distributed.sharding import RULES, batch_spec, state_shardings
@@ -79,11 +78,8 @@ def causal(subject: Subject) -> str:
     changed = np.zeros((LENGTH, LENGTH), bool)
     largest = 0.0
     for p in range(1, LENGTH):
-        late = np.arange(ROOM)[None, :, None] >= p
-        inputs, other = trial.inputs._replace(x=None), trial.other._replace(x=None)
-        mixed = jax.tree.map(lambda a, b: np.where(late, b, a), inputs, other)  # noqa: B023
-        cotangent = np.where(late[:, :LENGTH], np.float32(0), trial.cotangent)
-        out, _, (_, gradients) = trial.whole(mixed._replace(x=trial.inputs.x), cotangent)
+        early = np.arange(LENGTH)[None, :, None] < p
+        out, _, (_, gradients) = trial.whole(trial.changed(p), np.where(early, trial.cotangent, np.float32(0)))
         # The same program on the same past: not even the rounding is another.
         changed[p] = (out != before).any((0, 2))
         largest = max(largest, float(np.abs(out - before)[:, :p].max()))
@@ -208,17 +204,18 @@ def sources(subject: Subject) -> str:
 
 
 def _one_source(subject: Subject, trial: Tried, names: str) -> None:
-    compiled_already = trial is subject.trial()
-    out, map_, _ = trial.whole(gradients=compiled_already)
+    own, fixed = trial is subject.trial(), bool(trial.abstract.fixed_source)
+    gradients = own or fixed  # compiled already, or needed below
+    out, map_, _ = trial.whole(gradients=gradients)
     batch = 1 if trial.abstract.shared else BATCH
     if map_.shape[0] != batch:
         raise FailedError(f"over {names}, the map has a batch of {map_.shape[0]}, expected {batch}")
-    half = np.arange(ROOM)[None, :, None] >= PIECE
-    mixed = jax.tree.map(lambda a, b: np.where(half, b, a), trial.inputs._replace(x=None), trial.other._replace(x=None))
-    after = trial.whole(mixed._replace(x=trial.inputs.x), gradients=compiled_already)[0]
+    after = trial.whole(trial.changed(PIECE), gradients=gradients)[0]
     if np.any(out[:, :PIECE] != after[:, :PIECE]):
         raise FailedError(f"over {names}, a position before {PIECE} changes when those from {PIECE} on do")
-    if trial.abstract.fixed_source and "extend" not in subject.failed:
+    if fixed and not own and "mix" not in subject.failed:
+        _mixed(trial, f"over {names}, auto")
+    if fixed and not own and "extend" not in subject.failed:
         _extended(trial, PIECE, out, f"over {names}")
 
 
@@ -231,10 +228,20 @@ def documents(subject: Subject) -> str:
     begins = np.stack([np.repeat(starts, np.diff([*starts, LENGTH])) for starts in BORDERS]).astype(np.int32)
     mask = Mask(jnp.asarray(begins))
     out, _, (_, gradients) = packed.whole(mask=mask)
+    pieces = [
+        (row, begin, end)
+        for row, starts in enumerate(BORDERS)
+        for begin, end in zip(starts, [*starts[1:], LENGTH], strict=True)
+    ]
+    each = {piece: _alone(alone, *piece) for piece in pieces}
     error = 0.0
-    for row, starts in enumerate(BORDERS):
-        for begin, end in zip(starts, [*starts[1:], LENGTH], strict=True):
-            error = max(error, _one_document(alone, row, begin, end, out, gradients))
+    for (row, begin, end), (own, _) in each.items():
+        what = f"the document at {begin} to {end - 1} is not what it is alone"
+        error = max(error, off(out[row : row + 1, begin:end], own, what))
+    for (row, begin, end), (_, owns) in each.items():
+        what = f"the gradient of the document at {begin} to {end - 1} is not what it is alone"
+        for got, want in zip(jax.tree.leaves(gradients), owns, strict=True):
+            error = max(error, off(got[row : row + 1, begin:end], want, what))
     if subject.form is not None and "mix" not in subject.failed:
         want = packed.whole(mask=mask, by_definition=True, gradients=False)[0]
         error = max(error, off(out, want, "with documents, the program is not weights @ v"))
@@ -243,8 +250,9 @@ def documents(subject: Subject) -> str:
     return f"packed is alone, in outputs and gradients, and extended by {PIECE}: off by {error:.1e}"
 
 
-def _one_document(trial: Tried, row: int, begin: int, end: int, out: np.ndarray, gradients: Inputs) -> float:
-    """A document at the beginning of rows whose remainder it cannot see, at the positions it had."""
+def _alone(trial: Tried, row: int, begin: int, end: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Outputs of a document and its gradients, at the beginning of rows whose remainder it cannot see, with the
+    tables of the positions it had."""
     size = end - begin
 
     def placed(own: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -253,12 +261,8 @@ def _one_document(trial: Tried, row: int, begin: int, end: int, out: np.ndarray,
 
     inputs = jax.tree.map(placed, trial.inputs, trial.other)
     cotangent = placed(trial.cotangent, np.zeros_like(trial.cotangent))
-    own, _, (_, own_gradients) = trial.whole(inputs, cotangent, start=begin)
-    what = f"the document at {begin} to {end - 1} is not what it is alone"
-    error = off(out[row : row + 1, begin:end], own[:1, :size], what)
-    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(own_gradients), strict=True):
-        error = max(error, off(got[row : row + 1, begin:end], want[:1, :size], f"{what}, in its gradient"))
-    return error
+    out, _, (_, gradients) = trial.whole(inputs, cotangent, start=begin)
+    return out[:1, :size], [gradient[:1, :size] for gradient in jax.tree.leaves(gradients)]
 
 
 def parameters(subject: Subject) -> str:

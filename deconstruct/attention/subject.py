@@ -46,6 +46,12 @@ class Tried(Trial):
         self.cotangent = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
         self._programs: dict[Any, Any] = {}
 
+    def changed(self, begin: int) -> Inputs:
+        """Other inputs from position `begin` on; the fixed stream, which no sequence changes, is the same."""
+        late = np.arange(ROOM)[None, :, None] >= begin
+        inputs, other = self.inputs._replace(x=None), self.other._replace(x=None)
+        return jax.tree.map(lambda a, b: np.where(late, b, a), inputs, other)._replace(x=self.inputs.x)
+
     def whole(
         self,
         inputs: Inputs | None = None,

@@ -13,7 +13,7 @@ from deconstruct.attention.registry import FORMS
 from deconstruct.attention.variants import VARIANTS  # noqa: F401  registers the forms
 from deconstruct.kernels import reference
 from deconstruct.kernels.mask import CAUSAL, Mask
-from tests.tiny import tiny_config
+from tests.tiny import quick, tiny_config
 
 LENGTH, HEADS, HEAD_DIM, HIDDEN = 22, 4, 8, 16
 # taylor_diagonal's entries reach 100 where its guard holds a denominator of 1e-2: 100 x float32 rounding. What divides
@@ -65,7 +65,9 @@ def test_weights_are_causal_and_what_the_facts_say(name, kv_heads):
     assert np.all(weights[..., beyond] == 0)
 
 
-@pytest.mark.parametrize(("qk_batch", "kv_heads"), [(3, HEADS), (3, 2), (1, HEADS)])
+@pytest.mark.parametrize(
+    ("qk_batch", "kv_heads"), quick([(3, HEADS), (3, 2), (1, HEADS), (1, 2)], [(3, 2), (1, HEADS)])
+)
 def test_mix_is_weights_times_values_in_values_and_gradients(name, qk_batch, kv_heads):
     form = make(name, kv_heads)
     q, k, v, read, cotangent = draw(form, 1, qk_batch, 3, kv_heads)
@@ -110,7 +112,7 @@ def extended(form, q, k, v, read, chunk, mask=CAUSAL):
     return jnp.concatenate(parts, axis=1)
 
 
-@pytest.mark.parametrize(("impl", "qk_batch"), [("auto", 2), ("auto", 1), ("reference", 2)])
+@pytest.mark.parametrize(("impl", "qk_batch"), quick([("auto", 2), ("auto", 1), ("reference", 2)], [("auto", 2)]))
 def test_extending_in_chunks_is_one_pass(name, qk_batch, impl):
     form = make(name, 2, impl)
     q, k, v, read, _ = draw(form, 2, qk_batch, 2, 2)

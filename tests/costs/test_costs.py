@@ -16,7 +16,7 @@ from deconstruct.costs.paper import PAPER_COSTS, without_formulas
 from deconstruct.kernels import reference
 from deconstruct.model.decode import Decoder, cache_bytes
 from deconstruct.model.language_model import build_model
-from tests.tiny import MIXER_NAMES, tiny_config
+from tests.tiny import MIXER_NAMES, PARTS_QUICKLY, quick, tiny_config
 
 BATCH, LENGTH = 2, 512
 
@@ -41,7 +41,7 @@ def check_decoding(config, name):
     assert programs.counted_flops(program) == pytest.approx(formula, rel=0.05)
 
 
-@pytest.mark.parametrize("name", MIXER_NAMES)
+@pytest.mark.parametrize("name", PARTS_QUICKLY)
 def test_flops_are_those_of_the_programs(name):
     """The definition's, the fast path's and one more token's. In the fast path chunks on the diagonal are computed
     whole: at this length an eighth of the causal half, or the like; a form without one needs what its definition
@@ -99,7 +99,7 @@ def test_totals_are_those_of_the_model(name):
     assert decoded == pytest.approx(accounting.decode_flops(config, BATCH, LENGTH).needed, rel=0.02)
 
 
-@pytest.mark.parametrize("name", MIXER_NAMES)
+@pytest.mark.parametrize("name", quick(MIXER_NAMES, ["hidden/taylor", "hidden/window", "fixed_random/softmax"]))
 def test_cache_bytes_are_those_of_a_cache(name):
     config = tiny_config({"num_kv_heads": 2, "scan": False}, variant=name, layout="even").model
     _, cache, _ = Decoder(build_model(config), 3, 12).prefill(jnp.zeros((3, 2), jnp.int32))
@@ -228,6 +228,7 @@ def test_kernels_of_another_device_are_counted_as_those_of_xla():
     assert kept == accounting.activation_bytes(dataclasses.replace(cudnn, impl="xla"), BATCH, LENGTH) > 0
 
 
+@pytest.mark.proof
 def test_describe_prints_them_side_by_side(tmp_path, capsys):
     arguments = ["--config=configs/quickstart.py", "--config.sequence_length=8", "--config.model.num_layers=1"]
     assert cli.main(["describe", "--costs", "--json", "--batch=2", *arguments]) == 0

@@ -16,7 +16,7 @@ from deconstruct.experiment import load_config
 from deconstruct.model.language_model import abstract_model
 from deconstruct.model.placement import abstract_arrays
 from deconstruct.types import UserError
-from tests.tiny import MIXER_NAMES, PAPER_NAMES, tiny_config
+from tests.tiny import MIXER_NAMES, PAPER_NAMES, PARTS, quick, tiny_config
 
 
 def mesh_of(data, fsdp, tensor):
@@ -106,8 +106,8 @@ def parameters_of(config):
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, nnx.Param)}
 
 
-@pytest.mark.parametrize("block", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("name", [*PAPER_NAMES, *(name for name in MIXER_NAMES if name not in PAPER_NAMES)])
+@pytest.mark.parametrize("block", quick(["qwen2", "qwen3"], ["qwen3"]))
+@pytest.mark.parametrize("name", quick(list(dict.fromkeys([*PAPER_NAMES, *MIXER_NAMES])), PARTS))
 def test_every_parameter_names_its_axes_and_nothing_large_is_replicated(name, block):
     """Large: more than 2**12 numbers in one layer, at a width of 512. Norms and biases are smaller."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_heads": 8, "vocab_size": 5000, "tie_embeddings": False}
@@ -198,25 +198,21 @@ def random_arrays(config, draw):
     return graphdef, params, frozen
 
 
-# Every form over hidden states, every source under softmax, every other mixer: on all three meshes. Other pairs are
-# made of the same parts, and are run on the mesh that splits batch, width and heads at once.
-ON_ALL_MESHES = [
-    name for name in MIXER_NAMES if name.startswith("hidden/") or name.endswith("/softmax") or "/" not in name
-]
-
-
 @pytest.mark.parametrize(
-    "name",
-    [
-        n if n in ON_ALL_MESHES or n.startswith("hidden/") else pytest.param(n, marks=pytest.mark.proof)
-        for n in MIXER_NAMES
-    ],
+    "name", quick(MIXER_NAMES, [n for n in PARTS if n.startswith("hidden/")] + ["fixed_text/softmax"])
 )
 def test_eight_devices_compute_what_one_does(name):
-    meshes = ((2, 4), (8, 1), (4, 2)) if name in ON_ALL_MESHES else ((2, 4),)
-    check_eight_devices(tiny_config({"num_layers": 1}, variant=name, layout="uniform").model, meshes)
+    """On the mesh that splits batch, width and heads at once."""
+    check_eight_devices(tiny_config({"num_layers": 1}, variant=name, layout="uniform").model, ((2, 4),))
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("name", PARTS)
+def test_other_meshes_compute_the_same(name):
+    check_eight_devices(tiny_config({"num_layers": 1}, variant=name, layout="uniform").model, ((8, 1), (4, 2)))
+
+
+@pytest.mark.proof
 def test_eight_devices_where_heads_do_not_share_out_the_width():
     """Four heads of 6 in a width of 16."""
     config = tiny_config({"num_layers": 2, "block": "qwen3", "head_dim": 6}, variant="rnd_emb_qk", layout="even").model

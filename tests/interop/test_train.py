@@ -19,6 +19,7 @@ from deconstruct.run.workdir import Workdir
 from deconstruct.train.loop import train
 from deconstruct.types import UserError
 from tests.interop.made import arrays_of, make_config, make_workdir
+from tests.tiny import quick
 
 STEPS = 2
 
@@ -53,7 +54,7 @@ def run_config(workdir, data, **changes):
     return load_config(f"configs/workdir.py:{workdir}", **{**settings, "data": str(data), **changes})
 
 
-@pytest.mark.parametrize("variant", ["standard", "fixed_seq_qk"])
+@pytest.mark.parametrize("variant", quick(["standard", "fixed_seq_qk"], ["standard"]))
 def test_train_starts_from_an_import(folder, tmp_path, variant):
     options = {} if variant == "standard" else {"layout": "even", "variant": variant}
     import_checkpoint(folder / "export", tmp_path / "w", **options, seed=3)

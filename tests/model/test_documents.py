@@ -12,7 +12,7 @@ from deconstruct.model.language_model import build_model
 from deconstruct.model.placement import split_model
 from deconstruct.train.step import batch_of
 from tests.model.test_decode import decode
-from tests.tiny import tiny_config
+from tests.tiny import quick, tiny_config
 
 END, LENGTH = 39, 24
 # Where an end of text stands in each of two rows: documents of 7, 1, 9 and of 13 and 6 tokens, and what is left.
@@ -42,7 +42,7 @@ def test_where_documents_begin():
     assert later[0].tolist() == [-3] * 4 + [4] + [5] * 9 + [14] * 7 and later[1, 0] == 0
 
 
-@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize("name", quick(SERVING, ["hidden/softmax", "hidden/gated_linear"]))
 def test_a_document_in_a_row_is_the_document_alone(name):
     """Logits, and the gradients of all parameters for the loss of one document; then prefill, pieces and tokens."""
     model, tokens = model_of(name), packed()
