@@ -15,6 +15,7 @@ from deconstruct.types import UserError
 VERBS = {
     "prepare": ("deconstruct.data.prepare", "turn text into a tokenizer and packed training rows"),
     "train": ("deconstruct.train.loop", "train, or resume, a model from a config file"),
+    "status": ("deconstruct.run.status", "show how far runs are, whether they live, and where their time went"),
     "evaluate": ("deconstruct.evaluate.follower", "measure a run's checkpoints: perplexity and other tasks"),
     "report": ("deconstruct.evaluate.report", "say in a few lines what a run has learned"),
     "table": ("deconstruct.evaluate.table", "show runs side by side: perplexity by context, and what differs"),

@@ -101,7 +101,7 @@ MISTAKES = {
         ["train", "--config", SMALL, "--workdir=w", "--config.data=gone"],
         "gone: no prepared data here (no manifest.json); run: deconstruct prepare --output=gone",
     ),
-    "missing workdir": (["evaluate", "--workdir=w"], "--workdir=w: no config.json there; `deconstruct train` makes"),
+    "missing workdir": (["evaluate", "--workdir=w"], "w: no config.json there; `deconstruct train` makes"),
     "step of all steps": (["evaluate", "--workdir=w", "--follow", "--step=3"], "--follow evaluates every step"),
     "negative poll": (["evaluate", "--workdir=w", "--follow", "--poll=-1"], "--poll=-1.0: must be positive"),
     "report of nothing": (["report", "w"], "w: no config.json there; `deconstruct train` makes a workdir"),
