@@ -112,7 +112,9 @@ class Lock:
     predecessor: Holder | None = None
 
     def __init__(self, folder: os.PathLike[str] | str, option: str, verb: str):
-        self._folder, self._verb = epath.Path(folder).resolve(), verb
+        path = epath.Path(folder)  # absolute: a notebook may change the folder it is in
+        self._folder = path if _in_bucket(path) else epath.Path(os.path.abspath(path))
+        self._verb = verb
         self._named = f"{option}={folder}"
         self._path = self._folder / RECORD
         self._token, self._since = uuid.uuid4().hex, time.time()
@@ -133,7 +135,7 @@ class Lock:
                 self._system = _flock(self._folder / ".lock")
             except BlockingIOError:
                 for _ in range(20):  # one that has only just begun names itself at once
-                    if _look(self._path):
+                    if read_holder(self._folder):
                         break
                     time.sleep(0.05)
                 raise self._refusal(_look(self._path)) from None

@@ -15,8 +15,8 @@ from deconstruct.lock import SILENT, Holder
 from deconstruct.run.workdir import Workdir
 
 STEPS = "steps"  # the time of steps that counted
-LOST = "lost"  # steps, data and saving that were in vain, and what a session that was killed or failed did last
-OTHER = "other"  # what no bucket of the clock saw: reading the configuration, lowering, logging
+LOST = "lost"  # steps, data and saving in vain, and all that a killed or failed session did after it last told
+OTHER = "other"  # what no bucket of the clock saw: looking at checkpoints, building the state, logging
 Seconds = dict[str, float]
 _REPEATED = ("step", "data", "checkpoint")  # buckets that are in vain where their steps do not count
 
@@ -45,6 +45,7 @@ class _Stretch:
     lost_steps: int = 0
     marks: list[tuple[int, Seconds]] = dataclasses.field(default_factory=list)
     known: Seconds = dataclasses.field(default_factory=dict)
+    known_at: float = 0.0
     last: float = 0.0
     end: float | None = None
     status: int | str | None = None
@@ -99,8 +100,10 @@ def _spent(stretch: _Stretch, kept: float, complete: bool) -> Seconds:
     spent = {bucket: seconds for bucket, seconds in stretch.known.items() if bucket not in _REPEATED}
     lost = sum(stretch.known.get(bucket, 0.0) - counted.get(bucket, 0.0) for bucket in _REPEATED)
     spent |= {STEPS if bucket == "step" else bucket: counted.get(bucket, 0.0) for bucket in _REPEATED}
-    unseen = max(0.0, (stretch.end or stretch.last) - stretch.start - sum(stretch.known.values()))
-    return _sum(spent, {LOST: lost, OTHER: unseen} if complete else {LOST: lost + unseen, OTHER: 0.0})
+    end = stretch.end or stretch.last
+    known_until = end if complete else stretch.known_at
+    other = max(0.0, known_until - stretch.start - sum(stretch.known.values()))
+    return _sum(spent, {LOST: lost + end - known_until, OTHER: other})
 
 
 def _stretches(events: Iterable[dict[str, Any]]) -> list[_Stretch]:
@@ -111,7 +114,7 @@ def _stretches(events: Iterable[dict[str, Any]]) -> list[_Stretch]:
         if not isinstance(time, int | float):
             continue
         if kind == "start":
-            stretches.append(_Stretch(start=time, last=time))
+            stretches.append(_Stretch(start=time, known_at=time, last=time))
         if not stretches:
             continue
         stretch = stretches[-1]
@@ -119,7 +122,7 @@ def _stretches(events: Iterable[dict[str, Any]]) -> list[_Stretch]:
         if kind == "begin" and isinstance(step, int):
             stretch.first, stretch.lost_steps = step, int(_number(event.get("lost_steps")))
         if "seconds" in event:
-            stretch.known = _numbers(event["seconds"])
+            stretch.known, stretch.known_at = _numbers(event["seconds"]), stretch.last
             if isinstance(step, int):
                 stretch.marks.append((step, stretch.known))
         if kind == "end":

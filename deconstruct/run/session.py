@@ -46,6 +46,7 @@ def session(run_dir: Workdir, clock: Clock) -> Iterator[Session]:
         except BaseException as error:
             turn.fail(error)
             raise
+        turn.end(0)
 
 
 class Session:
@@ -53,6 +54,7 @@ class Session:
 
     def __init__(self, run_dir: Workdir, clock: Clock, lock: Lock | None):
         self._run_dir, self._clock, self._lock = run_dir, clock, lock
+        self._ended = False
 
     def check(self) -> None:
         """Raises LockLostError where another trainer has taken the workdir over. Cheap: call it every step."""
@@ -84,8 +86,12 @@ class Session:
         """Says that a checkpoint of `step` is on its way: once it is finished, the time up to here has counted."""
         self._write("save", step=step, seconds=self._clock.total())
 
-    def end(self, status: int, step: int) -> None:
-        self._write("end", status=status, step=step, seconds=self._clock.total())
+    def end(self, status: int, step: int | None = None) -> None:
+        """Says how the turn ended, and after which step, if there was one. Once: what comes later is not said."""
+        if not self._ended:
+            reached = {} if step is None else {"step": step}
+            self._write("end", status=status, **reached, seconds=self._clock.total())
+        self._ended = True
 
     def fail(self, error: BaseException) -> None:
         try:

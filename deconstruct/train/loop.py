@@ -82,14 +82,15 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         run = Run(config, manifest, mesh, run_dir)  # a mistake of the user's ends here, before anything is written
-        if run.latest is not None and run.latest >= config.steps:
-            log.info("step %d of %d: nothing left to do", run.latest, config.steps)
+        if run.is_done():
             return 0
         run_dir.folder.mkdir(parents=True, exist_ok=True)
         turn = stack.enter_context(session(run_dir, run.clock))
         if latest_step_everywhere(run_dir) != run.latest:  # another trainer has saved more, and ended, meanwhile
             clock, run = run.clock, Run(config, manifest, mesh, run_dir)
             run.clock = clock
+            if run.is_done():
+                return 0
         writer = stack.enter_context(
             Checkpoints(run_dir.checkpoints, config.checkpoint_every, config.checkpoint.keep, keep_period)
         )
@@ -160,6 +161,13 @@ class Run:
         flops = accounting.train_flops(config.model, config.batch_size, config.sequence_length).needed
         peak = accounting.peak_flops(mesh.devices.flat[0])
         self.utilisation_per_rate = flops / (peak * mesh.size) if peak else None  # MFU at one step a second
+
+    def is_done(self) -> bool:
+        """Whether no step is left, which is said."""
+        if self.latest is None or self.latest < self.config.steps:
+            return False
+        log.info("step %d of config.steps=%d: nothing left to do", self.latest, self.config.steps)
+        return True
 
     def train(self, writer: Checkpoints, turn: Session) -> int:
         config = self.config
