@@ -68,6 +68,18 @@ def main(words: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        why = str(error).strip().splitlines()[:1] or ["Python"]
+        print(f"deconstruct {arguments.verb}: out of memory ({why[0]}); smaller numbers would do", file=sys.stderr)
+        return FAILURE
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an array could not be had, from Python, NumPy or XLA (whose error is known by its name, without JAX)."""
+    of_xla = type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")
+    return of_xla or isinstance(error, MemoryError)
 
 
 if __name__ == "__main__":

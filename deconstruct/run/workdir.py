@@ -41,7 +41,10 @@ class Workdir:
         temporary.replace(self.config_file)
 
     def read_config(self) -> Config:
-        return Config.from_dict(self.config_values())
+        config = Config.from_dict(self.config_values())
+        if not config.model.layers:
+            raise UserError(f"{self.config_file}: says of no layer what it is; `deconstruct train` writes that")
+        return config
 
     def config_values(self) -> dict[str, Any]:
         """What config.json holds, unchecked. Raises UserError where there is none, or none that can be read."""
