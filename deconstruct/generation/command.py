@@ -85,10 +85,7 @@ def _prompts(arguments: argparse.Namespace, text: tokenizer.Tokenizer) -> Iterat
     path = epath.Path(arguments.prompts)
     if not path.exists():
         raise UserError(f"--prompts={path}: there is no such file")
-    try:
-        lines = path.read_text().splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts={path}: not UTF-8 at byte {error.start}") from error
+    lines = path.read_text().splitlines()
     if not lines:
         raise UserError(f"--prompts={path}: no prompt in it")
     for number, line in enumerate(lines, 1):
@@ -105,7 +102,7 @@ def _prompts(arguments: argparse.Namespace, text: tokenizer.Tokenizer) -> Iterat
         elif isinstance(prompt, str) and prompt:
             yield prompt, text.encode(prompt)
         else:
-            raise UserError(f"{path}:{number}: no prompt; give text in `prompt`, or ids in `tokens`, at least one")
+            raise UserError(f"{path}:{number}: the prompt is empty; give text in `prompt`, or ids in `tokens`")
 
 
 def _write(output: str, requests: Sequence[Request], step: int) -> None:
