@@ -35,7 +35,7 @@ from deconstruct.types import UserError
 
 BEAT = 10.0  # seconds between two signs of life
 SILENT = 60.0  # seconds without one after which a holder that cannot be looked at is dead; NFS shows a file that late
-SETTLE = 2.0  # seconds in which two that took over at once see each other
+SETTLE = 2.0  # seconds in which two that took over at once, or began in a bucket, see each other
 RECORD = ".lock.json"
 _WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -131,14 +131,7 @@ class Lock:
 
     def acquire(self) -> None:
         if not _in_bucket(self._path):
-            try:
-                self._system = _flock(self._folder / ".lock")
-            except BlockingIOError:
-                for _ in range(20):  # one that has only just begun names itself at once
-                    if read_holder(self._folder):
-                        break
-                    time.sleep(0.05)
-                raise self._refusal(_look(self._path)) from None
+            self._ask_the_system()
         for _ in range(3):
             if self._create():
                 break
@@ -146,12 +139,24 @@ class Lock:
         else:
             raise self._refusal(_look(self._path))
         self._held = True
-        if self.predecessor and self._system is None:
+        if _in_bucket(self._path) or (self.predecessor and self._system is None):
             time.sleep(SETTLE)
             self._look_after_it()
             if self._lost is not None:
                 raise self._refusal(_look(self._path))
         self._thread.start()
+
+    def _ask_the_system(self) -> None:
+        for _ in range(20):
+            try:
+                self._system = _flock(self._folder / ".lock")
+                return
+            except BlockingIOError:
+                seen = _look(self._path)
+                if seen and seen.holder and not seen.holder.gone():
+                    raise self._refusal(seen) from None
+                time.sleep(0.05)  # it has only just begun, or is about to be gone
+        raise self._refusal(_look(self._path))
 
     def release(self) -> None:
         """Also where it is not held. What cannot be removed is only said: the next writer finds this process gone."""
