@@ -15,6 +15,7 @@ from deconstruct.types import UserError
 VERBS = {
     "prepare": ("deconstruct.data.prepare", "turn text into a tokenizer and packed training rows"),
     "train": ("deconstruct.train.loop", "train, or resume, a model from a config file"),
+    "status": ("deconstruct.run.status", "show how far runs are, whether they live, and where their time went"),
     "evaluate": ("deconstruct.evaluate.follower", "measure a run's checkpoints: perplexity and other tasks"),
     "report": ("deconstruct.evaluate.report", "say in a few lines what a run has learned"),
     "table": ("deconstruct.evaluate.table", "show runs side by side: perplexity by context, and what differs"),
@@ -67,6 +68,18 @@ def main(words: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        why = str(error).strip().splitlines()[:1] or ["Python"]
+        print(f"deconstruct {arguments.verb}: out of memory ({why[0]}); smaller numbers would do", file=sys.stderr)
+        return FAILURE
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an array could not be had, from Python, NumPy or XLA (whose error is known by its name, without JAX)."""
+    of_xla = type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")
+    return of_xla or isinstance(error, MemoryError)
 
 
 if __name__ == "__main__":

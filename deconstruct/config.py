@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from typing import Any
 
@@ -21,6 +22,25 @@ from deconstruct import plan as plans
 from deconstruct.types import UserError
 
 PYTHIA_VOCABULARY = 50_277
+# What is larger is a slip of the finger, and would end in an overflow or never: steps and seeds are 32-bit, and
+# folding the layers takes longer the more there are.
+LARGEST = {
+    "steps": 2**31 - 1,
+    "seed": 2**32 - 1,
+    "batch_size": 2**24,
+    "sequence_length": 2**24,
+    "accumulation": 2**24,
+    "model.hidden_size": 2**20,
+    "model.intermediate_size": 2**24,
+    "model.num_layers": 1000,
+    "model.num_heads": 2**20,
+    "model.num_kv_heads": 2**20,
+    "model.head_dim": 2**20,
+    "model.vocab_size": 2**24,
+    "model.fixed_length": 2**24,
+    "optimizer.warmup_steps": 2**31 - 1,
+    "optimizer.schedule_steps": 2**31 - 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +270,12 @@ def _check_values(config: Config) -> None:
         if not holds:
             raise UserError(f"config.{key}={value}: {what}")
 
+    for key, kind in known_keys().items():
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        require(kind is not float or math.isfinite(value), key, value, "must be finite")
+        require(key not in LARGEST or value <= LARGEST[key], key, value, f"must be at most {LARGEST.get(key)}")
     for key in ("steps", "batch_size", "sequence_length", "checkpoint_every", "log_every", "accumulation"):
         require(getattr(config, key) >= 1, key, getattr(config, key), "must be at least 1")
     for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):

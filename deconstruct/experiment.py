@@ -49,6 +49,8 @@ def load_config(spec: str, *, arguments: Sequence[str] = (), **overrides: Any) -
         with _neighbours_of(path):
             values(command)
             loaded = values.config
+    except SystemExit as error:
+        raise UserError(f"--config={spec}: the file ends the program (SystemExit: {error}); it is to return") from error
     except Exception as error:  # a config file is a program: it may fail in any way
         raise UserError(f"--config={spec}: {what_failed(path, error)}") from error
     if not isinstance(loaded, ConfigDict):

@@ -101,10 +101,16 @@ MISTAKES = {
         ["train", "--config", SMALL, "--workdir=w", "--config.data=gone"],
         "gone: no prepared data here (no manifest.json); run: deconstruct prepare --output=gone",
     ),
-    "missing workdir": (["evaluate", "--workdir=w"], "--workdir=w: no config.json there; `deconstruct train` makes"),
+    "missing workdir": (["evaluate", "--workdir=w"], "w: no config.json there; `deconstruct train` makes"),
     "step of all steps": (["evaluate", "--workdir=w", "--follow", "--step=3"], "--follow evaluates every step"),
     "negative poll": (["evaluate", "--workdir=w", "--follow", "--poll=-1"], "--poll=-1.0: must be positive"),
     "report of nothing": (["report", "w"], "w: no config.json there; `deconstruct train` makes a workdir"),
+    "status of nothing": (["status", "w"], "w: there is no such folder"),
+    "negative watch": (["status", "w", "--watch=-1"], "--watch=-1.0: must be positive"),
+    "too many layers": (
+        ["describe", "--config", SMALL, "--config.model.num_layers=1000000"],
+        "config.model.num_layers=1000000: must be at most 1000",
+    ),
     "table of nothing": (["table", "w"], "w: there is no such folder"),
     "negative tokens": (["evaluate", "--workdir=w", "--max-tokens=-1"], "--max-tokens=-1: must not be negative"),
     "missing input": (["prepare", "--output=w", "--input=gone.txt"], "gone.txt"),
@@ -175,3 +181,19 @@ def test_describe_as_text(program):
         assert [float(x) for x in row[5:7]] == [float(f"{cost:.4g}") for cost in costs]
     for row, *sizes in zip(rows, *(layer[key] for key in ("cache_bytes", "activation_bytes")), strict=True):
         assert row[7:] == [f"{size:,}" for size in sizes]
+
+
+def test_what_does_not_fit_into_memory_is_one_line(program, monkeypatch):
+    """What Python, NumPy and XLA raise for it; any other error is a fault, and keeps its traceback."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from deconstruct.run import status
+
+    for ask in (lambda _: [0] * 2**60, lambda _: np.zeros(2**50), lambda _: jnp.zeros(2**43)):
+        monkeypatch.setattr(status, "run", ask)
+        ended, _, err = program("status", "w")
+        assert ended == 1 and err.count("\n") == 1 and "deconstruct status: out of memory (" in err
+    monkeypatch.setattr(status, "run", lambda _: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        program("status", "w")

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -222,7 +223,18 @@ WRONG_VALUES = [
     ("checkpoint_every", 0, r"checkpoint_every=0: must be at least 1"),
     ("seed", -1, r"seed=-1: must not be negative"),
     ("learning_rate", -0.5, r"learning_rate=-0.5: must be positive"),
-    ("learning_rate", float("nan"), r"learning_rate=nan: must be positive"),
+    ("learning_rate", float("nan"), r"learning_rate=nan: must be finite"),
+    ("learning_rate", float("inf"), r"learning_rate=inf: must be finite"),
+    ("model.init_std", float("inf"), r"model.init_std=inf: must be finite"),
+    ("model.norm_epsilon", float("inf"), r"model.norm_epsilon=inf: must be finite"),
+    ("optimizer.epsilon", float("nan"), r"optimizer.epsilon=nan: must be finite"),
+    ("steps", 2**31, r"steps=2147483648: must be at most 2147483647"),
+    ("seed", 2**32, r"seed=4294967296: must be at most 4294967295"),
+    ("model.num_layers", 10**6, r"model.num_layers=1000000: must be at most 1000"),
+    ("model.num_layers", 10**9, r"model.num_layers=1000000000: must be at most 1000"),
+    ("model.hidden_size", 10**9, r"model.hidden_size=1000000000: must be at most 1048576"),
+    ("model.vocab_size", 10**12, r"model.vocab_size=1000000000000: must be at most 16777216"),
+    ("sequence_length", 10**9, r"sequence_length=1000000000: must be at most 16777216"),
     ("mesh.data", -1, r"mesh=.*data=-1, fsdp=-1.*: only one axis can take the rest"),
     ("mesh.tensor", 0, r"mesh.tensor=0: expected a number of devices, or -1"),
     ("mesh.tensor", -2, r"mesh.tensor=-2: expected a number of devices, or -1"),
@@ -240,7 +252,7 @@ WRONG_VALUES = [
 def test_wrong_values(key, value, message, file):
     with pytest.raises(UserError, match=message) as said:
         load_config(BASE, **{key: value})
-    literal = 'float("nan")' if value != value else repr(value)
+    literal = f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
     with pytest.raises(UserError, match=message) as written:
         load_config(file(f"config.{key} = {literal}"))
     assert str(said.value) == str(written.value)
@@ -304,6 +316,8 @@ def test_files_that_are_none(file, tmp_path):
         load_config(str(CONFIGS))
     with pytest.raises(UserError, match=r"invalid syntax \(line 1\)"):
         load_config(file(text="def get_config(:\n"))
+    with pytest.raises(UserError, match=r"the file ends the program \(SystemExit: 0\)"):
+        load_config(file(text="import sys\nsys.exit(0)\n"))
     assert load_config(BASE).steps  # a file that was read before lends its get_config to no other
     with pytest.raises(UserError, match=r"no attribute 'get_config'"):
         load_config(file(text="x = 1\n"))

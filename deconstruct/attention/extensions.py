@@ -36,7 +36,7 @@ def load_extension(path: str | Path, asked_by: str) -> str:
     sys.path.insert(0, str(file.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the file is a program: it may fail in any way
+    except (Exception, SystemExit) as error:  # the file is a program: it may fail in any way
         del sys.modules[name]
         if isinstance(error, UserError):
             raise UserError(f"{asked_by}={path}: {error}") from error

@@ -24,8 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
 def report(workdir: str) -> str:
     """Loss before and after, and validation perplexity beside what guessing by frequency would reach."""
     run_dir = Workdir(workdir)
-    if not run_dir.config_file.exists():
-        raise UserError(f"{workdir}: no config.json there; `deconstruct train` makes a workdir")
     config = run_dir.read_config()
     logged = read_jsonl(run_dir.metrics)
     evaluated = [

@@ -11,11 +11,9 @@ import argparse
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from deconstruct.config import Config, known_keys
 from deconstruct.run.jsonl import read_jsonl
-from deconstruct.run.workdir import Workdir
+from deconstruct.run.workdir import find_workdirs, named
 from deconstruct.types import UserError
 
 PAPER = {
@@ -81,11 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 def read_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
     """The runs in some folders (or that some folders are), and the names of those there is nothing to show of."""
     runs, without = [], []
-    workdirs = _workdirs(folders)
-    names = [workdir.name for workdir in workdirs]
-    for workdir in workdirs:
-        run_dir = Workdir(workdir)
-        name = workdir.name if names.count(workdir.name) == 1 else str(workdir)
+    for name, run_dir in named(find_workdirs(folders)):
         records = [
             record
             for record in read_jsonl(run_dir.evaluations)
@@ -131,23 +125,6 @@ def value_of(config: Config, key: str) -> Any:
     for name in key.split("."):
         value = getattr(value, name)
     return value
-
-
-def _workdirs(folders: Iterable[str]) -> list[epath.Path]:
-    found: dict[epath.Path, None] = {}
-    for folder in folders:
-        path = epath.Path(folder)
-        if not path.is_dir():
-            raise UserError(f"{folder}: there is no such folder")
-        inside = [path] if _is_workdir(path) else [p for p in sorted(path.iterdir()) if _is_workdir(p)]
-        if not inside:
-            raise UserError(f"{folder}: no workdir, and none in it; `deconstruct train` makes one")
-        found |= dict.fromkeys(inside)
-    return list(found)
-
-
-def _is_workdir(path: epath.Path) -> bool:
-    return Workdir(path).config_file.exists()
 
 
 def _number(value: float | None, kind: str) -> str:

@@ -70,6 +70,8 @@ class WindowLosses:
             )
         if len(stream) < 2:
             raise UserError(f"the text has {len(stream)} tokens; two are needed to score one")
+        context = min(context, len(stream) - 1)  # there is no more to see, and a longer window would only be padded
+        stride = min(stride, context)
         shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         batch_size = max(1, self._tokens_per_batch // context // shards) * shards
         graphdef, params, frozen = split_model(model)

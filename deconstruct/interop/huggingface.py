@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from deconstruct.attention.variants import find_variant
-from deconstruct.config import Config, ModelConfig
+from deconstruct.config import LARGEST, Config, ModelConfig
 from deconstruct.layout import STANDARD
 from deconstruct.types import UserError
 
@@ -251,15 +251,16 @@ def _whole(hf: Mapping[str, Any], key: str, where: str) -> int:
     value = hf.get(key)
     if value is None:
         raise UserError(f"{where}: has no {key}")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}: {key}={_short(value)}: expected a whole number of at least 1")
+    largest = LARGEST["model.num_layers"] if key == "num_hidden_layers" else 2**24
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+        raise UserError(f"{where}: {key}={_short(value)}: expected a whole number of at least 1, at most {largest}")
     return value
 
 
 def _positive(value: Any, key: str, where: str) -> float:
     if value is None:
         raise UserError(f"{where}: has no {key}")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"{where}: {key}={_short(value)}: expected a positive number")
     return float(value)
 

@@ -252,8 +252,16 @@ def _arrays(tree: Any, choice: Choice, tensors: Tensors, config: Config) -> Any:
     leaves = []
     for names in flat(tree):
         wanted = choice.kept.get(names)
-        leaves.append(jnp.asarray(wanted.read(tensors.read(wanted.name))) if wanted else drawn[names])
+        leaves.append(jnp.asarray(_finite(wanted, tensors)) if wanted else drawn[names])
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _finite(wanted: Stored, tensors: Tensors) -> np.ndarray:
+    array = wanted.read(tensors.read(wanted.name))
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise UserError(f"{tensors.where(wanted.name)}: {wanted.name} has {bad:,} numbers that are not finite")
+    return array
 
 
 def draw(config: Config, names: list[str]) -> dict[str, jax.Array]:

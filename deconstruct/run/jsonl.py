@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -14,6 +15,32 @@ def read_jsonl(path: epath.Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def readable_jsonl(path: epath.Path, last_bytes: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file, or of its last bytes, that can be read, and how many complete lines cannot.
+
+    Never fails for what the file holds: who looks at a run from outside takes what is there.
+    """
+    if not path.exists():
+        return [], 0
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        start = 0 if last_bytes is None else max(0, end - last_bytes)
+        file.seek(start)
+        lines = file.read().split(b"\n")
+    lines = lines[1 if start else 0 : -1]  # the first may be cut, the last is not complete
+    records, damaged = [], 0
+    for line in filter(None, lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            damaged += 1
+    return records, damaged
 
 
 def append_jsonl(path: epath.Path, record: dict[str, Any]) -> None:

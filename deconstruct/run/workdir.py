@@ -4,6 +4,7 @@ config.json      the resolved configuration
 checkpoints/     one folder per saved step
 metrics.jsonl    one object per logged step; tensorboard/ holds the same
 eval.jsonl       one object per evaluated step, task and setting
+sessions.jsonl   when the run was started, saved and ended
 tokenizer/       the tokenizer of the training data
 extensions/      files of the user's own that define layers, if there are any
 """
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from typing import Any
 
 from etils import epath
 
 from deconstruct.config import Config
-from deconstruct.run import checkpoint
 from deconstruct.types import UserError
 
 
@@ -29,6 +31,7 @@ class Workdir:
         self.config_file = self.folder / "config.json"
         self.metrics = self.folder / "metrics.jsonl"
         self.evaluations = self.folder / "eval.jsonl"
+        self.sessions = self.folder / "sessions.jsonl"
         self.tokenizer = self.folder / "tokenizer"
         self.extensions = self.folder / "extensions"
 
@@ -38,15 +41,54 @@ class Workdir:
         temporary.replace(self.config_file)
 
     def read_config(self) -> Config:
+        config = Config.from_dict(self.config_values())
+        if not config.model.layers:
+            raise UserError(f"{self.config_file}: says of no layer what it is; `deconstruct train` writes that")
+        return config
+
+    def config_values(self) -> dict[str, Any]:
+        """What config.json holds, unchecked. Raises UserError where there is none, or none that can be read."""
         if not self.config_file.exists():
-            raise UserError(f"--workdir={self.folder}: no config.json there; `deconstruct train` makes a workdir")
-        return Config.from_dict(json.loads(self.config_file.read_text()))
+            raise UserError(f"{self.folder}: no config.json there; `deconstruct train` makes a workdir")
+        try:
+            values = json.loads(self.config_file.read_text())
+        except ValueError as error:
+            raise UserError(f"{self.config_file}: is no JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{self.config_file}: holds no configuration, but {json.dumps(values)[:40]}")
+        return values
 
     def step(self, step: int | None) -> int:
         """`step`, or the latest that is saved. Raises UserError where there is none."""
+        from deconstruct.run import checkpoint  # Orbax and JAX, which reading a run's folder does not need
+
         if step is not None:
             return step
         latest = checkpoint.latest_step(self.checkpoints)
         if latest is None:
-            raise UserError(f"--workdir={self.folder}: no finished checkpoint there yet")
+            raise UserError(f"{self.folder}: no finished checkpoint there yet")
         return latest
+
+
+def find_workdirs(folders: Iterable[str]) -> list[Workdir]:
+    """The workdirs that some folders are, or hold, each once. Raises UserError for a folder without any."""
+    found: dict[epath.Path, None] = {}
+    for folder in folders:
+        path = epath.Path(folder)
+        if not path.is_dir():
+            raise UserError(f"{folder}: there is no such folder")
+        inside = [p for p in (path, *sorted(path.iterdir())) if Workdir(p).config_file.exists()]
+        if not inside:
+            raise UserError(f"{folder}: no workdir, and none in it; `deconstruct train` makes one")
+        found |= dict.fromkeys([path] if inside[0] == path else inside)
+    return [Workdir(path) for path in found]
+
+
+def named(workdirs: list[Workdir]) -> list[tuple[str, Workdir]]:
+    """Each with the name of its folder, or the whole path where two have the same."""
+    names = [workdir.folder.name or str(workdir.folder) for workdir in workdirs]
+    paths = [str(workdir.folder) for workdir in workdirs]
+    return [
+        (name if names.count(name) == 1 else path, workdir)
+        for name, path, workdir in zip(names, paths, workdirs, strict=True)
+    ]

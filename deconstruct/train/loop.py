@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,11 +31,11 @@ from deconstruct.distributed import runtime
 from deconstruct.distributed.mesh import check_batch, make_mesh
 from deconstruct.distributed.sharding import batch_spec
 from deconstruct.experiment import load_config
-from deconstruct.lock import alone_in
 from deconstruct.run import checkpoint, extensions
 from deconstruct.run.checkpoint import Checkpoints
 from deconstruct.run.clock import Clock
 from deconstruct.run.metric_writer import MetricWriter
+from deconstruct.run.session import Session, session
 from deconstruct.run.workdir import Workdir
 from deconstruct.train.optimizer import make_optimizer, make_schedule
 from deconstruct.train.progress import Progress
@@ -83,13 +82,19 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         run = Run(config, manifest, mesh, run_dir)  # a mistake of the user's ends here, before anything is written
+        if run.is_done():
+            return 0
         run_dir.folder.mkdir(parents=True, exist_ok=True)
-        if runtime.is_main() and "://" not in os.fspath(run_dir.folder):
-            stack.enter_context(alone_in(Path(run_dir.folder), "--workdir", "train"))
+        turn = stack.enter_context(session(run_dir, run.clock))
+        if latest_step_everywhere(run_dir) != run.latest:  # another trainer has saved more, and ended, meanwhile
+            clock, run = run.clock, Run(config, manifest, mesh, run_dir)
+            run.clock = clock
+            if run.is_done():
+                return 0
         writer = stack.enter_context(
             Checkpoints(run_dir.checkpoints, config.checkpoint_every, config.checkpoint.keep, keep_period)
         )
-        return run.train(writer)
+        return run.train(writer, turn)
 
 
 def _check_data(config: Config, manifest: Manifest) -> None:
@@ -157,15 +162,20 @@ class Run:
         peak = accounting.peak_flops(mesh.devices.flat[0])
         self.utilisation_per_rate = flops / (peak * mesh.size) if peak else None  # MFU at one step a second
 
-    def train(self, writer: Checkpoints) -> int:
+    def is_done(self) -> bool:
+        """Whether no step is left, which is said."""
+        if self.latest is None or self.latest < self.config.steps:
+            return False
+        log.info("step %d of config.steps=%d: nothing left to do", self.latest, self.config.steps)
+        return True
+
+    def train(self, writer: Checkpoints, turn: Session) -> int:
         config = self.config
         checkpoints = RunCheckpoints(writer, self.run_dir.checkpoints, self.spec, config)
         state, first = self._start(checkpoints)
-        if first >= config.steps:
-            log.info("step %d of %d: nothing left to do", first, config.steps)
-            return 0
         with self.clock.measure("compile"):
             compiled = self.lowered.compile()
+        turn.begin(first)
         metrics_out = MetricWriter(self.run_dir.folder, first) if runtime.is_main() else None
         progress = Progress(first, config.steps)
         pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -181,12 +191,15 @@ class Run:
                         report(*pending)
                 pending = (step, metrics)
                 writer.check_errors()
+                turn.check()
                 stopping = self.stop.reached(step)
                 if writer.due(step) or step == config.steps or stopping:
-                    report(*pending)  # what is saved has been logged
+                    with self.clock.measure("step"):
+                        report(*pending)  # what is saved has been logged
                     pending = None
                     with self.clock.measure("checkpoint"):
                         checkpoints.save(step, state, self._meta(step))
+                    turn.save(step)
                 if stopping and step < config.steps:
                     status = STOPPED
                     break
@@ -196,6 +209,7 @@ class Run:
             writer.wait()
         if metrics_out:
             metrics_out.close()
+        turn.end(status, step)
         if status == STOPPED:
             log.info("received SIGTERM: saved step %d; run the same command to go on", step)
         return status

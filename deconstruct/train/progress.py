@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deconstruct.distributed import runtime
+from deconstruct.duration import clock
 
 
 class Progress:
@@ -33,13 +34,7 @@ class Progress:
         self.advance(step)
         if self._lines:
             left = (time.perf_counter() - self._started) / (step - self._first) * (self._steps - step)
-            print(f"step {step}/{self._steps}: {', '.join(parts)}, {_clock(left)} left", file=sys.stderr, flush=True)
+            print(f"step {step}/{self._steps}: {', '.join(parts)}, {clock(left)} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._bar.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

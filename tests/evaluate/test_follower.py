@@ -217,5 +217,5 @@ def test_texts_that_are_none(run):
 
 def test_a_workdir_without_a_checkpoint(run):
     shutil.rmtree(Workdir(run).checkpoints)
-    with pytest.raises(UserError, match=r"--workdir=.*: no finished checkpoint there yet"):
+    with pytest.raises(UserError, match=r"/run: no finished checkpoint there yet"):
         evaluate(run)

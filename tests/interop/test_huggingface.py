@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import jax.numpy as jnp
@@ -234,6 +235,8 @@ def test_the_width_of_a_head(standard):
         ({"head_dim": 0}, "head_dim=0: expected a whole number of at least 1"),
         ({"head_dim": ..., "hidden_size": 12}, "heads of the odd width 3"),
         ({"hidden_size": ...}, "has no hidden_size"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf: expected a positive number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: expected a whole number of at least 1, at most"),
         ({"hidden_size": 16.5}, "hidden_size=16.5: expected a whole number"),
         (
             {"num_attention_heads": 3, "head_dim": ...},
@@ -277,6 +280,8 @@ def test_damaged_tensors(export, tmp_path):
     assert_refused(export, tmp_path, f"{name} is stored as I8, not supported")
     edit_tensors(export, lambda tensors: tensors.update({name: np.zeros((16, 16), np.int32)}))
     assert_refused(export, tmp_path, f"{name} is stored as int32, not supported")
+    edit_tensors(export, lambda tensors: tensors.update({name: np.full((16, 16), np.nan, np.float32)}))
+    assert_refused(export, tmp_path, f"{TENSORS}: {name} has 256 numbers that are not finite")
     edit_tensors(export, lambda tensors: tensors.update({name: np.zeros((16, 16), np.float16)}))
     import_checkpoint(export, tmp_path / "workdir")
 

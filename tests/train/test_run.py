@@ -14,10 +14,12 @@ import portpicker
 import pytest
 from flax import nnx
 
+from deconstruct.lock import alone_in
 from deconstruct.run import checkpoint
 from deconstruct.run.checkpoint import finished_steps
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.restore import restore_model
+from deconstruct.run.status import status
 from deconstruct.run.workdir import Workdir
 from deconstruct.train.loop import train
 from deconstruct.train.resume import check_same_run, make_meta
@@ -68,10 +70,34 @@ def test_what_a_run_writes(whole, prepared):
     assert meta["data"]["position"] == 12 * 8 and meta["layout"] == ["fixed_seq_qk", "standard"] * 2
 
 
-def test_running_again_when_done_changes_nothing(whole, prepared):
-    before = Workdir(whole).metrics.read_text()
-    assert train(run_config(prepared), whole) == 0
-    assert Workdir(whole).metrics.read_text() == before
+@pytest.mark.parametrize("steps", [STEPS, STEPS - 3])
+def test_running_again_when_done_changes_nothing(whole, prepared, steps):
+    files = [Workdir(whole).metrics, Workdir(whole).sessions, Workdir(whole).config_file]
+    before = [file.read_text() for file in files]
+    assert train(run_config(prepared, steps=steps), whole) == 0
+    assert [file.read_text() for file in files] == before
+
+
+def test_the_sessions_of_a_run(whole):
+    events = read_jsonl(Workdir(whole).sessions)
+    assert [event["event"] for event in events] == ["start", "begin", *["save"] * 4, "end"]
+    assert [event["step"] for event in events[1:]] == [0, 3, 6, 9, 12, 12]
+    seen = status(Workdir(whole), "whole")
+    assert (seen.state, seen.step, seen.checkpoint, seen.damaged) == ("done", STEPS, STEPS, ())
+    assert seen.checkpoint == finished_steps(Workdir(whole).checkpoints)[-1]
+    spent = seen.goodput
+    assert (spent.sessions, spent.lost_steps) == (1, 0) and spent.seconds["lost"] == 0
+    assert sum(spent.seconds.values()) == pytest.approx(spent.wall)
+    logged = [record["seconds"] for record in read_jsonl(Workdir(whole).metrics)]
+    assert spent.seconds["steps"] == pytest.approx(sum(s.get("step", 0) for s in logged), rel=0.1, abs=0.05)
+    assert not (whole / ".lock.json").exists()
+
+
+def test_a_second_trainer_is_refused_and_told_who_is_at_work(whole, prepared):
+    refused = pytest.raises(UserError, match=rf"another train is writing here: host .*, process {os.getpid()}, since")
+    with alone_in(whole, "--workdir", "train"), refused:
+        train(run_config(prepared, steps=STEPS + 1), whole)
+    assert Workdir(whole).read_config().steps == STEPS
 
 
 @pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.proof)])

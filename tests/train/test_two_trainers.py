@@ -1,0 +1,125 @@
+"""Two real trainers and one workdir, and the sign of life of one that is busy compiling."""
+
+import itertools
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deconstruct.lock import RECORD
+from deconstruct.run.jsonl import read_jsonl
+from deconstruct.run.status import status
+from deconstruct.run.workdir import Workdir
+from tests.train.test_run import run_config
+
+ROOT = Path(__file__).parents[2]
+
+# Trains in workdirs, one a line, and says what came of it.
+TRAINER = """
+import json, sys
+from deconstruct.config import Config
+from deconstruct.train.loop import train
+from deconstruct.types import UserError
+config = Config.from_dict(json.load(open(sys.argv[1])))
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        print("ended", train(config, line.strip()), flush=True)
+    except UserError as error:
+        print(error, flush=True)
+"""
+
+# Compiles programs for some seconds while it holds a lock that beats every tenth of a second.
+COMPILER = """
+import sys, time
+import jax, jax.numpy as jnp
+from deconstruct import lock
+lock.BEAT = 0.1
+def program(x):
+    for i in range(400):
+        x = jnp.sin(x @ x) + i
+    return x
+lowered = jax.jit(program).lower(jnp.ones((32, 32)))
+with lock.alone_in(sys.argv[1], "--workdir", "train"):
+    print("compiling", flush=True)
+    start = time.perf_counter()
+    lowered.compile()
+    print(time.perf_counter() - start, flush=True)
+"""
+
+
+@pytest.mark.proof
+def test_of_two_trainers_that_start_together_one_trains_twenty_times(prepared, tmp_path):
+    config = run_config(prepared, {"num_layers": 2}, variant="standard", layout="uniform", steps=10**6)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    command = [sys.executable, "-c", TRAINER, str(tmp_path / "config.json")]
+    with (tmp_path / "log").open("w") as log:
+        rivals = [
+            subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            for _ in range(2)
+        ]
+    assert all(rival.stdout.readline() == "ready\n" for rival in rivals), (tmp_path / "log").read_text()
+    for number in range(20):
+        workdir = tmp_path / str(number)
+        for rival in rivals:
+            rival.stdin.write(f"{workdir}\n")
+            rival.stdin.flush()
+        # The first to say anything is the one refused: the other trains until it is asked to stop.
+        answer, winner = next_answer(rivals)
+        assert f"--workdir={workdir}: another train is writing here: host " in answer
+        assert f", process {winner.pid}, since 20" in answer
+        while not read_jsonl(Workdir(workdir).metrics):
+            assert winner.poll() is None, (tmp_path / "log").read_text()
+        seen = status(Workdir(workdir), "it")
+        assert (seen.state, seen.pid) == ("running", winner.pid)
+        winner.send_signal(signal.SIGTERM)
+        assert winner.stdout.readline() == "ended 75\n"
+        steps = [record["step"] for record in read_jsonl(Workdir(workdir).metrics)]
+        assert steps == list(range(1, len(steps) + 1))
+        events = [event["event"] for event in read_jsonl(Workdir(workdir).sessions)]
+        assert events[:2] == ["start", "begin"] and events[-1] == "end" and set(events[2:-1]) == {"save"}
+        assert status(Workdir(workdir), "it").state == "stopped"
+    for rival in rivals:
+        rival.communicate()
+        assert rival.returncode == 0
+
+
+def next_answer(rivals):
+    """The next line that one of two processes says, and the other process."""
+    with selectors.DefaultSelector() as waiting:
+        for rival in rivals:
+            waiting.register(rival.stdout, selectors.EVENT_READ, rival)
+        found = waiting.select(timeout=120)
+    assert found, "neither of two trainers was refused"
+    speaker = found[0][0].data
+    (other,) = (rival for rival in rivals if rival is not speaker)
+    return speaker.stdout.readline(), other
+
+
+@pytest.mark.proof
+def test_no_sign_of_life_is_missed_while_a_program_is_compiled(tmp_path):
+    command = [sys.executable, "-c", COMPILER, str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": ""}
+    )
+    assert process.stdout.readline() == "compiling\n"
+    beats = []
+    while process.poll() is None:
+        try:
+            beat = (tmp_path / RECORD).stat().st_mtime
+        except FileNotFoundError:  # it has ended
+            break
+        if not beats or beat != beats[-1]:
+            beats.append(beat)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    seconds = float(out)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(beats)]
+    assert seconds > 1, "too quick a compilation to show anything"
+    assert len(beats) > seconds / 0.1 / 3  # on a busy machine some come late
+    assert max(gaps) < 1
