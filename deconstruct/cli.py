@@ -9,7 +9,7 @@ import os
 import sys
 from typing import NoReturn
 
-from deconstruct.types import UserError
+from deconstruct.types import PeerError, UserError
 
 # Verb -> (module with add_arguments(parser) and run(arguments) -> exit status, what it does).
 VERBS = {
@@ -62,7 +62,7 @@ def main(words: list[str] | None = None) -> int:
     except UserError as error:
         print(f"deconstruct {arguments.verb}: {error}", file=sys.stderr)
         return USER_ERROR
-    except FloatingPointError as error:
+    except (FloatingPointError, PeerError) as error:
         print(f"deconstruct {arguments.verb}: {error}", file=sys.stderr)
         return FAILURE
     except BrokenPipeError:  # the reader of a pipe went away

@@ -14,6 +14,13 @@ class UserError(ValueError):
     """
 
 
+class PeerError(RuntimeError):
+    """Another process of the run is missing, or has failed. The message is one line and names it.
+
+    The command line prints it without a traceback and exits with status 1.
+    """
+
+
 class Streams(NamedTuple):
     """What flows through the layers, as one pytree.
 

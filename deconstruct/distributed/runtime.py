@@ -1,4 +1,5 @@
-"""The processes of a run: how they find each other, and how a request to stop reaches all of them at the same step."""
+"""The processes of a run: how they find each other and check that all is there, and how a request to stop reaches all
+of them at the same step."""
 
 from __future__ import annotations
 
@@ -10,32 +11,76 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from deconstruct.distributed.agreement import agree, limit_waiting, told_to_the_others
+from deconstruct.distributed.cluster import find_place
+from deconstruct.distributed.meeting import meet
 from deconstruct.types import UserError
+
+HEARTBEAT = 30  # seconds without a sign of life after which a process is taken for dead
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("several processes (one per host; without these, this process is alone)")
+    group = parser.add_argument_group("several processes (without these, this process is alone)")
     group.add_argument(
-        "--distributed", action="store_true", help="find the others through the cluster (TPU pod, SLURM, ...)"
+        "--distributed",
+        action="store_true",
+        help="find the others through the cluster: SLURM, a TPU pod, Kubernetes, Open MPI, SkyPilot",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where no cluster tells it")
     group.add_argument("--num-processes", type=int, metavar="N")
     group.add_argument("--process-id", type=int, metavar="I")
+    group.add_argument(
+        "--process-per", choices=("gpu", "node"), help="whether a process has one GPU of its machine, or all of them"
+    )
+    group.add_argument(
+        "--expect-devices", type=int, metavar="N", help="end at once unless there are N devices over all processes"
+    )
+    group.add_argument(
+        "--start-timeout", type=int, metavar="SECONDS", default=600, help="how long the others are waited for"
+    )
+    group.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="where compiled programs are kept, a folder that all processes share (default: in the workdir, but not on "
+        "a CPU)",
+    )
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Joins the other processes, if there are any. Must come before anything asks JAX for its devices."""
-    explicit = (arguments.coordinator, arguments.num_processes, arguments.process_id)
-    if any(value is not None for value in explicit):
-        if any(value is None for value in explicit):
-            raise UserError("--coordinator, --num-processes and --process-id go together: all three or none")
-        if arguments.distributed:
+    """Joins the other processes, if there are any, and checks that all devices are there. Must come before anything
+    asks JAX for its devices.
+
+    Raises UserError for options that do not fit the cluster or its devices, PeerError where a process is missing.
+    """
+    if arguments.start_timeout < 1:
+        raise UserError(f"--start-timeout={arguments.start_timeout}: must be at least 1 second")
+    place = find_place(arguments, arguments.start_timeout)
+    if place is not None:
+        meet(place, arguments.start_timeout)
+        jax.distributed.initialize(
+            place.coordinator,
+            place.processes,
+            place.process,
+            # A list, which may be empty: for None JAX takes one GPU wherever a scheduler has set a local rank.
+            None if place.local_device_ids is None else list(place.local_device_ids),
+            initialization_timeout=arguments.start_timeout,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    limit_waiting(arguments.start_timeout)
+    if arguments.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", arguments.compilation_cache)
+    expected = arguments.expect_devices if arguments.expect_devices is not None else place and place.devices
+    with told_to_the_others():
+        agree(
+            "devices",
+            lambda: {"jax": jax.__version__, "platform": jax.default_backend(), "devices": jax.local_device_count()},
+            "all machines must be alike",
+        )
+        if expected and jax.device_count() != expected:
             raise UserError(
-                f"--distributed: --coordinator={arguments.coordinator} says where the others are; leave one out"
+                f"--expect-devices={expected}: {jax.device_count()} {jax.default_backend()} devices are here, "
+                f"{jax.local_device_count()} on each of {jax.process_count()} processes"
             )
-        jax.distributed.initialize(*explicit)
-    elif arguments.distributed:
-        jax.distributed.initialize()
 
 
 def is_main() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import logging
 import math
 import os
@@ -28,6 +29,7 @@ from deconstruct.costs import accounting
 from deconstruct.data import pipeline, tokenizer
 from deconstruct.data.manifest import Manifest, load_manifest
 from deconstruct.distributed import runtime
+from deconstruct.distributed.agreement import agree, told_to_the_others
 from deconstruct.distributed.mesh import check_batch, make_mesh
 from deconstruct.distributed.sharding import batch_spec
 from deconstruct.experiment import load_config
@@ -63,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     """The verb `train`. Returns the exit status."""
     config = load_config(arguments.config, arguments=arguments.overrides)
     runtime.start(arguments)
-    return train(config, arguments.workdir)
+    with told_to_the_others():
+        return train(config, arguments.workdir)
 
 
 def train(config: Config, workdir: os.PathLike[str] | str) -> int:
@@ -76,7 +79,9 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     run_dir = Workdir(workdir)
-    if jax.default_backend() != "cpu":  # a resumed run then starts without compiling again
+    agree("run", lambda: _same_everywhere(config, manifest, run_dir))
+    # A resumed run then starts without compiling again.
+    if jax.default_backend() != "cpu" and not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", os.fspath(run_dir.folder / "compilation_cache"))
     keep_period = config.checkpoint.keep_period or None
     with contextlib.ExitStack() as stack:
@@ -95,6 +100,16 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
             Checkpoints(run_dir.checkpoints, config.checkpoint_every, config.checkpoint.keep, keep_period)
         )
         return run.train(writer, turn)
+
+
+def _same_everywhere(config: Config, manifest: Manifest, run_dir: Workdir) -> dict[str, Any]:
+    """What all processes must have been given alike, by the names a user knows. `data` may lie elsewhere on each
+    machine; what is in it may not differ."""
+    values = {**config.to_dict(), "extensions": config.code, "data": f"fingerprint {manifest.fingerprint[:12]}"}
+    flat = {f"config.{key}": value for key, value in values.items() if key != "code" and not isinstance(value, dict)}
+    groups = {name: group for name, group in values.items() if isinstance(group, dict)}
+    flat |= {f"config.{name}.{key}": value for name, group in groups.items() for key, value in group.items()}
+    return {"--workdir": os.fspath(run_dir.folder.resolve()), **flat}
 
 
 def _check_data(config: Config, manifest: Manifest) -> None:
@@ -158,6 +173,7 @@ class Run:
             _check_causal(config)
         with self.clock.measure("compile"):
             self.lowered = self._lower()
+        agree("program", lambda: {"program of the step": hashlib.sha256(self.lowered.as_text().encode()).hexdigest()})
         flops = accounting.train_flops(config.model, config.batch_size, config.sequence_length).needed
         peak = accounting.peak_flops(mesh.devices.flat[0])
         self.utilisation_per_rate = flops / (peak * mesh.size) if peak else None  # MFU at one step a second
@@ -175,6 +191,7 @@ class Run:
         state, first = self._start(checkpoints)
         with self.clock.measure("compile"):
             compiled = self.lowered.compile()
+        agree("compiled", dict)  # from here on they wait for each other without a limit
         turn.begin(first)
         metrics_out = MetricWriter(self.run_dir.folder, first) if runtime.is_main() else None
         progress = Progress(first, config.steps)

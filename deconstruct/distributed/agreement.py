@@ -1,0 +1,137 @@
+"""What all processes of a run must agree on is compared before it can make them wait for each other for ever.
+
+Through the key-value store of JAX's coordination service, which needs no compiled program and has time limits. Process
+0 reads what the others have written and writes one verdict, so that all of them end with the same words.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax._src import distributed  # the client is not public; `multihost_utils` has only barriers without a time limit
+
+from deconstruct.types import PeerError, UserError
+
+_ROOT = "deconstruct"
+_FAILED = f"{_ROOT}/failed"
+_POLL = 0.2  # seconds
+_MISSING = "nothing"
+_numbers = itertools.count()
+_limit = 600.0
+
+
+def limit_waiting(seconds: float) -> None:
+    """How long `agree` waits for the others from now on, in this process. Default: 600 s."""
+    global _limit
+    _limit = seconds
+
+
+def agree(what: str, value: Callable[[], dict[str, Any]], remedy: str = "start the same command everywhere") -> None:
+    """Compares what `value` gives (JSON, by its keys) with that of the other processes, which all call this in the same
+    order. Alone, does nothing.
+
+    Raises UserError, naming the process, its host and both values, where one differs; PeerError, naming the process,
+    where one has ended or has not come within the limit.
+    """
+    client = distributed.global_state.client
+    if client is None or jax.process_count() == 1:
+        return
+    topic = f"{_ROOT}/{next(_numbers)}/{what}"
+    process = jax.process_index()
+    client.key_value_set(f"{topic}/said/{process}", json.dumps({"host": socket.gethostname(), "value": value()}))
+    if process == 0:
+        verdict = _judge(client, topic, what, remedy)
+        client.key_value_set(f"{topic}/verdict/0", json.dumps(verdict))
+    else:
+        verdict = _await_verdict(client, topic, what)
+    if verdict["message"]:
+        raise (UserError if verdict["mistake"] else PeerError)(verdict["message"])
+
+
+@contextlib.contextmanager
+def told_to_the_others() -> Iterator[None]:
+    """An error inside is written down for the processes that wait for this one."""
+    try:
+        yield
+    except BaseException as error:
+        client = distributed.global_state.client
+        if client is not None:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            said = {"host": socket.gethostname(), "message": lines[0], "mistake": isinstance(error, UserError)}
+            with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):  # the service may be gone by now
+                client.key_value_set(f"{_FAILED}/{distributed.global_state.process_id}", json.dumps(said))
+        raise
+
+
+def _judge(client: Any, topic: str, what: str, remedy: str) -> dict[str, Any]:
+    deadline = time.monotonic() + _limit
+    while True:
+        said = {_process(key): json.loads(text) for key, text in client.key_value_dir_get(f"{topic}/said/")}
+        if len(said) == jax.process_count():
+            message = _difference([said[process] for process in range(jax.process_count())])
+            return {"message": message and f"{message}; {remedy}", "mistake": True}
+        failure = _failure(client)
+        if failure:
+            return failure
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(jax.process_count())) - set(said))
+            names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            return {
+                "message": f"process {names} has not come to the check of '{what}' within {_limit:g} s",
+                "mistake": False,
+            }
+        time.sleep(_POLL)
+
+
+def _await_verdict(client: Any, topic: str, what: str) -> dict[str, Any]:
+    deadline = time.monotonic() + _limit + 10  # process 0 notices first, and knows more
+    while True:
+        for _, text in client.key_value_dir_get(f"{topic}/verdict/"):
+            return json.loads(text)
+        failure = _failure(client, process=0)
+        if failure:
+            return failure
+        if time.monotonic() > deadline:
+            return {"message": f"process 0 has not come to the check of '{what}' within {_limit:g} s", "mistake": False}
+        time.sleep(_POLL)
+
+
+def _failure(client: Any, process: int | None = None) -> dict[str, Any] | None:
+    for key, text in client.key_value_dir_get(f"{_FAILED}/"):
+        if process in (None, _process(key)):
+            said = json.loads(text)
+            message = f"process {_process(key)} ({said['host']}) has ended: {said['message']}"
+            return {"message": message, "mistake": said["mistake"]}
+    return None
+
+
+def _difference(said: list[dict[str, Any]]) -> str:
+    """The first key on which a process differs from most; "" where there is none."""
+    for key in dict.fromkeys(key for one in said for key in one["value"]):
+        values = [json.dumps(one["value"].get(key, _MISSING)) for one in said]
+        usual = collections.Counter(values).most_common(1)[0][0]  # of equally many, that of the lower process
+        odd = [process for process, value in enumerate(values) if value != usual]
+        if odd:
+            others = f" (and {len(odd) - 1} more processes)" if len(odd) > 1 else ""
+            return (
+                f"process {odd[0]} ({said[odd[0]]['host']}){others} has {key}={_plain(values[odd[0]])} where process "
+                f"{values.index(usual)} has {_plain(usual)}"
+            )
+    return ""
+
+
+def _plain(value: str) -> str:
+    loaded = json.loads(value)
+    return loaded if isinstance(loaded, str) else value
+
+
+def _process(key: str) -> int:
+    return int(key.rpartition("/")[2])
