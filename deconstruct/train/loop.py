@@ -38,11 +38,11 @@ from deconstruct.run.checkpoint import Checkpoints
 from deconstruct.run.clock import Clock
 from deconstruct.run.metric_writer import MetricWriter
 from deconstruct.run.workdir import Workdir
-from deconstruct.train.optimizer import make_optimizer, make_schedule
+from deconstruct.train.ahead_of_time import lower_step
+from deconstruct.train.optimizer import make_optimizer
 from deconstruct.train.progress import Progress
 from deconstruct.train.resume import RunCheckpoints, check_same_run, make_meta
 from deconstruct.train.state import StateSpec, TrainState, make_state_spec
-from deconstruct.train.step import batch_of, make_step
 from deconstruct.types import UserError
 
 STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM, to be run again
@@ -136,8 +136,7 @@ class Run:
     def __init__(self, config: Config, manifest: Manifest, mesh: jax.sharding.Mesh, run_dir: Workdir):
         self.config, self.manifest, self.mesh, self.run_dir = config, manifest, mesh, run_dir
         self.clock = Clock()
-        self.optimizer = make_optimizer(config)
-        self.spec: StateSpec = make_state_spec(config, self.optimizer, mesh)
+        self.spec: StateSpec = make_state_spec(config, make_optimizer(config), mesh)
         self.stop = runtime.StopSignal()
         self.rows = jax.sharding.NamedSharding(mesh, batch_spec())
         self.latest = latest_step_everywhere(run_dir)
@@ -152,7 +151,7 @@ class Run:
         if meta is None:
             _check_causal(config)
         with self.clock.measure("compile"):
-            self.lowered = self._lower()
+            self.lowered = lower_step(config, self.spec, mesh)
         flops = accounting.train_flops(config.model, config.batch_size, config.sequence_length).needed
         peak = accounting.peak_flops(mesh.devices.flat[0])
         self.utilisation_per_rate = flops / (peak * mesh.size) if peak else None  # MFU at one step a second
@@ -236,16 +235,6 @@ class Run:
                 f"{where}: {len(tokens)} tokens, but the fixed stream has model.fixed_length={model.fixed_length}"
             )
         return jnp.asarray(tokens, jnp.int32)
-
-    def _lower(self) -> Any:
-        config = self.config
-        step = make_step(self.spec.graphdef, self.optimizer, make_schedule(config), config.accumulation)
-        rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32, sharding=self.rows)
-        return jax.jit(
-            lambda state, rows: step(state, batch_of(rows, None if config.border_loss else config.model.end_of_text)),
-            donate_argnums=0,
-            out_shardings=(self.spec.shardings, None),
-        ).lower(self.spec.abstract, rows)
 
     def _batches(self, first: int) -> pipeline.Batches:
         """This process's rows of each batch from step `first` on: those its devices hold."""
