@@ -222,7 +222,7 @@ WRONG_VALUES = [
     ("seed", -1, r"seed=-1: must not be negative"),
     ("learning_rate", -0.5, r"learning_rate=-0.5: must be positive"),
     ("learning_rate", float("nan"), r"learning_rate=nan: must be positive"),
-    ("mesh.data", -1, r"mesh=.*data=-1, fsdp=-1.*: only one axis can take the rest"),
+    ("mesh.tensor", -1, r"mesh=.*tensor=-1.*: beside tensor=-1 no other axis can take the rest"),
     ("mesh.tensor", 0, r"mesh.tensor=0: expected a number of devices, or -1"),
     ("mesh.tensor", -2, r"mesh.tensor=-2: expected a number of devices, or -1"),
     ("optimizer.warmup_steps", 30_000, r"optimizer.warmup_steps=30000: the warm-up would not end .* at step 28610"),
@@ -313,7 +313,7 @@ def test_files_that_are_none(file, tmp_path):
     [
         ("size=7m", r"paper.py:size=7m: size=7m: expected one of 70m, 160m, 500m, 1.7b"),
         ("heads=mqa", r"heads=mqa: expected mha or gqa"),
-        ("width=3", r"'width=3': expected size=, variant=, layout= or heads=, separated by commas"),
+        ("width=3", r"'width=3': expected size=, variant=, layout=, heads= or mesh=, separated by commas"),
         ("70m", r"'70m': expected size="),
         ("layout=evne", r"layout='evne' is unknown; one of uniform, even"),
         ("layout=1+99", r"layout=1,99: there is no layer 99; layers are 1 to 24"),

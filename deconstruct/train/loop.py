@@ -29,10 +29,11 @@ from deconstruct.costs import accounting
 from deconstruct.data import pipeline, tokenizer
 from deconstruct.data.manifest import Manifest, load_manifest
 from deconstruct.distributed import runtime
-from deconstruct.distributed.mesh import check_batch, make_mesh
+from deconstruct.distributed.mesh import check_batch
 from deconstruct.distributed.sharding import batch_spec
 from deconstruct.experiment import load_config
 from deconstruct.lock import alone_in
+from deconstruct.model.placement import mesh_for
 from deconstruct.run import checkpoint, extensions
 from deconstruct.run.checkpoint import Checkpoints
 from deconstruct.run.clock import Clock
@@ -74,7 +75,7 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
     """
     manifest = load_manifest(config.data)
     _check_data(config, manifest)
-    mesh = make_mesh(config.mesh)
+    mesh = mesh_for(config.model, config.mesh)
     check_batch(config, mesh)
     run_dir = Workdir(workdir)
     if jax.default_backend() != "cpu":  # a resumed run then starts without compiling again
