@@ -15,6 +15,11 @@ from deconstruct.train.step import batch_of, make_step
 def lower_step(config: Config, spec: StateSpec, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """(state, rows int32 [batch_size, sequence_length + 1]) -> (state, metrics), lowered for `mesh`; the state is
     donated. Nothing is allocated or compiled."""
+    return trace_step(config, spec, mesh).lower()
+
+
+def trace_step(config: Config, spec: StateSpec, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
+    """The same before it is lowered."""
     step = make_step(spec.graphdef, make_optimizer(config), make_schedule(config), config.accumulation)
     border = None if config.border_loss else config.model.end_of_text
     shape = (config.batch_size, config.sequence_length + 1)
@@ -24,4 +29,4 @@ def lower_step(config: Config, spec: StateSpec, mesh: jax.sharding.Mesh) -> jax.
             lambda state, rows: step(state, batch_of(rows, border)),
             donate_argnums=0,
             out_shardings=(spec.shardings, None),
-        ).lower(spec.abstract, rows)
+        ).trace(spec.abstract, rows)
