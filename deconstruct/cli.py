@@ -20,6 +20,10 @@ VERBS = {
     "report": ("deconstruct.evaluate.report", "say in a few lines what a run has learned"),
     "table": ("deconstruct.evaluate.table", "show runs side by side: perplexity by context, and what differs"),
     "describe": ("deconstruct.costs.describe", "show a config's layers, parameters, FLOPs and cache, without training"),
+    "compile": (
+        "deconstruct.compile.command",
+        "compile a run's programs for TPUs or GPUs that are not here",
+    ),
     "generate": ("deconstruct.generation.command", "continue prompts with a run's model"),
     "import": (
         "deconstruct.interop.import_checkpoint",
@@ -56,7 +60,7 @@ def main(words: list[str] | None = None) -> int:
     for noisy in ("absl", "jax", "orbax", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        if overrides and verb not in ("train", "describe"):
+        if overrides and verb not in ("train", "describe", "compile"):
             raise UserError(f"{overrides[0]}: {verb} takes no --config.key=value")
         return importlib.import_module(VERBS[arguments.verb][0]).run(arguments)
     except UserError as error:

@@ -45,9 +45,10 @@ LARGEST = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all that remain."""
+    """Devices along each mesh axis; -1: those that remain. Where data and fsdp are both -1, fsdp is the largest that
+    divides the model's width, within a slice, and data the rest."""
 
-    data: int = 1  # parameters replicated
+    data: int = -1  # parameters replicated
     fsdp: int = -1  # parameters sharded, gathered when used
     tensor: int = 1  # heads, MLP width and vocabulary sharded
 
@@ -331,10 +332,10 @@ def _check_values(config: Config) -> None:
         size = getattr(config.mesh, axis.name)
         require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "expected a number of devices, or -1 for the rest")
     require(
-        list(dataclasses.astuple(config.mesh)).count(-1) <= 1,
+        config.mesh.tensor != -1 or -1 not in (config.mesh.data, config.mesh.fsdp),
         "mesh",
         config.mesh,
-        "only one axis can take the rest (-1)",
+        "beside tensor=-1 no other axis can take the rest (-1)",
     )
     for key in ("beta1", "beta2"):
         value = getattr(optimizer, key)

@@ -235,7 +235,7 @@ WRONG_VALUES = [
     ("model.hidden_size", 10**9, r"model.hidden_size=1000000000: must be at most 1048576"),
     ("model.vocab_size", 10**12, r"model.vocab_size=1000000000000: must be at most 16777216"),
     ("sequence_length", 10**9, r"sequence_length=1000000000: must be at most 16777216"),
-    ("mesh.data", -1, r"mesh=.*data=-1, fsdp=-1.*: only one axis can take the rest"),
+    ("mesh.tensor", -1, r"mesh=.*tensor=-1.*: beside tensor=-1 no other axis can take the rest"),
     ("mesh.tensor", 0, r"mesh.tensor=0: expected a number of devices, or -1"),
     ("mesh.tensor", -2, r"mesh.tensor=-2: expected a number of devices, or -1"),
     ("optimizer.warmup_steps", 30_000, r"optimizer.warmup_steps=30000: the warm-up would not end .* at step 28610"),
@@ -328,7 +328,7 @@ def test_files_that_are_none(file, tmp_path):
     [
         ("size=7m", r"paper.py:size=7m: size=7m: expected one of 70m, 160m, 500m, 1.7b"),
         ("heads=mqa", r"heads=mqa: expected mha or gqa"),
-        ("width=3", r"'width=3': expected size=, variant=, layout= or heads=, separated by commas"),
+        ("width=3", r"'width=3': expected size=, variant=, layout=, heads= or mesh=, separated by commas"),
         ("70m", r"'70m': expected size="),
         ("layout=evne", r"layout='evne' is unknown; one of uniform, even"),
         ("layout=1+99", r"layout=1,99: there is no layer 99; layers are 1 to 24"),

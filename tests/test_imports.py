@@ -26,7 +26,7 @@ FLOORS = [
     {"experiment"},
     {"run", "costs"},
     {"train", "evaluate", "interop", "generation", "draw"},
-    {"bench"},
+    {"bench", "compile"},
     {"cli"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

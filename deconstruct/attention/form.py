@@ -64,8 +64,10 @@ class Site(NamedTuple):
 
 
 def platform() -> str:
-    """Where programs run by default: cpu, gpu or tpu."""
-    return {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
+    """Where programs run: cpu, gpu or tpu. On the mesh that is set, whose devices may be absent, else by default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device else jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
 def _runs_anywhere(site: Site) -> str | None:

@@ -49,7 +49,12 @@ def counted_flops(program: Program) -> float:
 
     Element-wise work does not count. Raises ValueError where a loop's length is not known (`while`).
     """
-    jaxpr = jax.make_jaxpr(program.function)(*_arguments(program)).jaxpr
+    return traced_flops(jax.make_jaxpr(program.function)(*_arguments(program)))
+
+
+def traced_flops(program: ClosedJaxpr) -> float:
+    """The same of any program."""
+    jaxpr = program.jaxpr
     # What no result depends on is not computed.
     return _products(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator
 import jax
 
 from deconstruct.config import MeshConfig
-from deconstruct.distributed.mesh import make_mesh
+from deconstruct.distributed.mesh import make_mesh, parse_mesh
 from deconstruct.evaluate.curves import Curves
 from deconstruct.evaluate.evaluation import Subject, add_options, make_evaluation, own_options, parse_tasks
 from deconstruct.evaluate.ledger import Ledger
+from deconstruct.model.placement import mesh_for
 from deconstruct.run import checkpoint, extensions
 from deconstruct.run.checkpoint import CheckpointGoneError
 from deconstruct.run.restore import Skip, restore_model, skipped
@@ -50,11 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out the layers that are not standard, or only their mixers",
     )
     parser.add_argument(
-        "--fsdp",
-        type=int,
-        default=1,
-        metavar="N",
-        help="devices to split the parameters over; the others take further parts of a batch (default: 1)",
+        "--mesh",
+        default="fsdp=1",
+        metavar="AXIS=N,...",
+        help="how all devices here share the work, as in fsdp=4,tensor=2 (default: each takes a part of a batch)",
     )
     parser.add_argument(
         "--poll", type=float, default=5.0, metavar="SECONDS", help="how often --follow looks (default 5)"
@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--poll={arguments.poll}: must be positive")
     steps = parse_steps(arguments.step)
     options = own_options(parse_tasks(arguments.tasks), arguments)
-    mesh = _mesh(arguments.fsdp)
+    mesh = parse_mesh(arguments.mesh)
+    make_mesh(mesh, key="--mesh")  # what these devices cannot make is refused before there is a run to wait for
     run_dir = Workdir(arguments.workdir)
     while arguments.follow and not run_dir.config_file.exists():
         time.sleep(arguments.poll)  # the trainer has not begun yet
@@ -92,7 +93,7 @@ class Evaluator:
     def __init__(
         self,
         run_dir: Workdir,
-        mesh: jax.sharding.Mesh,
+        mesh: MeshConfig,
         options: dict[str, argparse.Namespace],
         skip: Skip = "",
         trust: extensions.Trust = extensions.NOTHING,
@@ -101,8 +102,9 @@ class Evaluator:
         config = run_dir.read_config()
         extensions.load(run_dir, config, trust)
         skipped(config.model, skip)  # refuses what cannot be skipped before anything is loaded
-        self.run_dir, self.mesh, self.skip = run_dir, mesh, skip
-        subject = Subject(run_dir, config, mesh)
+        self.run_dir, self.skip = run_dir, skip
+        self.mesh = mesh_for(config.model, mesh, key="--mesh")
+        subject = Subject(run_dir, config, self.mesh)
         self.evaluations = [make_evaluation(task, subject, own) for task, own in options.items()]
         self.ledger = Ledger(run_dir.evaluations, skip)
         self.curves = Curves(run_dir.folder / "tensorboard" / "eval")
@@ -165,9 +167,3 @@ def parse_steps(text: str | None) -> list[int]:
     if not all(entry.isdecimal() for entry in entries):
         raise UserError(f"--step={text}: expected steps, such as 200 or 200,400, or {ALL}")
     return sorted({int(entry) for entry in entries})
-
-
-def _mesh(fsdp: int) -> jax.sharding.Mesh:
-    if fsdp < 1 or jax.device_count() % fsdp:
-        raise UserError(f"--fsdp={fsdp}: does not divide the {jax.device_count()} devices that are here")
-    return make_mesh(MeshConfig(data=-1, fsdp=fsdp))

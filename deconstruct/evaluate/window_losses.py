@@ -20,9 +20,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from deconstruct.config import ModelConfig
 from deconstruct.distributed.sharding import batch_spec
 from deconstruct.model.language_model import LanguageModel
-from deconstruct.model.placement import split_model
+from deconstruct.model.placement import abstract_arrays, split_model
 from deconstruct.types import UserError
 
 
@@ -72,8 +73,7 @@ class WindowLosses:
             raise UserError(f"the text has {len(stream)} tokens; two are needed to score one")
         context = min(context, len(stream) - 1)  # there is no more to see, and a longer window would only be padded
         stride = min(stride, context)
-        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        batch_size = max(1, self._tokens_per_batch // context // shards) * shards
+        batch_size = self._batch_size(context)
         graphdef, params, frozen = split_model(model)
         program = self._program(graphdef)
         total, tokens = 0.0, 0
@@ -83,6 +83,19 @@ class WindowLosses:
             total += float(np.sum(np.asarray(losses, np.float64)))
             tokens += int(weights.sum())
         return Result(total / tokens, tokens)
+
+    def trace(self, config: ModelConfig, context: int) -> jax.stages.Traced:
+        """The program for one batch, from shapes alone: the devices of the mesh need not be here."""
+        graphdef, params, frozen = abstract_arrays(config, self._mesh)
+        sharding, batch_size = NamedSharding(self._mesh, batch_spec()), self._batch_size(context)
+        rows = jax.ShapeDtypeStruct((batch_size, context + 1), jnp.int32, sharding=sharding)
+        weights = jax.ShapeDtypeStruct((batch_size, context), jnp.float32, sharding=sharding)
+        with jax.set_mesh(self._mesh):
+            return self._program(graphdef).trace(params, frozen, rows, weights)
+
+    def _batch_size(self, context: int) -> int:
+        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        return max(1, self._tokens_per_batch // context // shards) * shards
 
     def _program(self, graphdef: Any) -> Any:
         if graphdef not in self._programs:

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from deconstruct.data import tokenizer
+from deconstruct.distributed.mesh import parse_mesh
 from deconstruct.generation.generator import Generator, Request, Settings
 from deconstruct.run import extensions
 from deconstruct.run.restore import restore_model
@@ -41,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=defaults.samples, metavar="N", help="texts for each prompt")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, metavar="B")
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="split the model over all devices here: fsdp=4,tensor=2 (default: one)",
+    )
     extensions.add_arguments(parser)
 
 
@@ -48,13 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(arguments, name) for name in names} | {"stop": tuple(arguments.stop)})
     settings.check()
+    mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
     run_dir = Workdir(arguments.workdir)
     step = run_dir.step(arguments.step)
     text = tokenizer.load(run_dir.tokenizer)
     requests = list(_requests(arguments, settings, text))
     trust = extensions.trust(arguments)
     # Unrolled: a layer's cache is then an array of its own, updated in run_dir.
-    model = restore_model(run_dir.folder, step, scan=False, extension=trust.files, allow_extensions=trust.all_found)
+    model = restore_model(
+        run_dir.folder, step, scan=False, mesh=mesh, extension=trust.files, allow_extensions=trust.all_found
+    )
     generator = Generator(model, text, settings)
     alone = len(requests) == 1 and not arguments.output
     if alone:

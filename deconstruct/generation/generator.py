@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deconstruct.data import tokenizer
+from deconstruct.distributed.sharding import constrain
 from deconstruct.generation.sampling import Sampling, choose, choose_greedily
 from deconstruct.model import decode
 from deconstruct.model.language_model import LanguageModel
@@ -111,9 +112,9 @@ class Generator:
             """[B, 1]: the next token of each prompt where there is one, else (forced < 0) a new one; and what has been
             seen, bool [B, V]."""
             forced, sampling = inputs
-            seen = seen.at[rows[:, None], tokens].set(True)
+            seen = constrain(seen.at[rows[:, None], tokens].set(True), ("batch", None))
             chosen = choose_greedily(logits, seen, sampling) if greedy else choose(logits, seen, sampling, position)
-            return jnp.where(forced >= 0, forced, chosen)[:, None], seen
+            return constrain(jnp.where(forced >= 0, forced, chosen)[:, None], ("batch", None)), seen
 
         return decode.Decoder(self.model, batch, length, take)
 

@@ -7,6 +7,8 @@ sequence whose prompt is longer than the others' is fed its own tokens while tho
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -18,9 +20,12 @@ import numpy as np
 from flax import nnx
 
 from deconstruct.attention.mixer import Context
+from deconstruct.attention.variants import make_mixer
+from deconstruct.config import ModelConfig
+from deconstruct.distributed.sharding import Axis, constrain, fitting_spec
 from deconstruct.kernels.mask import CAUSAL, Mask, document_begins
 from deconstruct.model.language_model import LanguageModel
-from deconstruct.model.stack import Block
+from deconstruct.model.stack import RESIDUAL, Block
 from deconstruct.types import Streams
 
 
@@ -42,6 +47,34 @@ def init_cache(model: LanguageModel, batch: int, length: int) -> Cache:
     mixers = [model.stack.layer(i).mixer for i in range(len(config.layers))]
     layers = tuple(() if m is None else m.init_cache(batch, length, config.hidden_size, dtype) for m in mixers)
     return Cache(layers, 0, jnp.zeros(batch, jnp.int32) if config.document_mask else None)
+
+
+@functools.cache
+def cache_axes(config: ModelConfig, name: str) -> Any:
+    """Of each array in the cache of a variant: what its axes grow with, in the names of `distributed.sharding`.
+
+    Found by asking for caches of one sequence, of two, and of twice the heads, so that a form need not say it.
+    """
+
+    def shapes(batch: int, times: int) -> Any:
+        heads, kv_heads = times * config.num_heads, times * config.kv_heads
+        wider = dataclasses.replace(config, num_heads=heads, num_kv_heads=kv_heads, head_dim=config.head_size)
+        mixer = nnx.eval_shape(lambda: make_mixer(name, wider, nnx.Rngs(params=jax.random.key(0))))
+        init = functools.partial(mixer.init_cache, batch, 8, config.hidden_size, jnp.dtype(config.dtype))
+        return jax.eval_shape(init)
+
+    def axes(one: Any, rows: Any, heads: Any) -> tuple[Axis, ...]:
+        sizes = zip(one.shape, rows.shape, heads.shape, strict=True)
+        grows = [{"batch": b != a, "kv_heads": c != a} for a, b, c in sizes]
+        return tuple(tuple(axis for axis, does in grow.items() if does) or None for grow in grows)
+
+    return jax.tree.map(axes, shapes(1, 1), shapes(2, 1), shapes(1, 2))
+
+
+def _layer_axes(config: ModelConfig, cache: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`cache_axes` of each layer that has a cache."""
+    pairs = zip(cache, config.layers, strict=True)
+    return tuple(cache_axes(config, name) if jax.tree.leaves(own) else own for own, name in pairs)
 
 
 def cache_bytes(cache: Any) -> int:
@@ -76,7 +109,10 @@ def extend(
     h = model.embed(tokens)
     mask, begin = _documents(model, tokens, cache)
     context = model.context(length, Streams(h), mask)
-    h, layers = model.stack.extend(h, cache.layers, constants, context, cache.position)
+    h, layers = model.stack.extend(constrain(h, RESIDUAL), cache.layers, constants, context, cache.position)
+    if jax.sharding.get_abstract_mesh().size > 1:
+        pinned = _layer_axes(model.config, layers)
+        layers = jax.tree.map(lambda x, axes: constrain(x, axes) if np.ndim(x) else x, layers, pinned)
     logits = model.logits(model.norm(h[:, -1:]))[:, 0]
     return logits, Cache(layers, cache.position + tokens.shape[1], begin)
 
@@ -121,6 +157,7 @@ class Decoder:
     def __init__(self, model: LanguageModel, batch: int, length: int, take: Take = logits_alone):
         graphdef, state = nnx.split(model)
         self._state = nnx.to_pure_dict(state)  # plain dicts pass into a compiled step faster
+        self._config, self._mesh = model.config, _mesh_of(self._state)
         self.batch, self.length = batch, length
         model.check_length(length)
 
@@ -147,7 +184,8 @@ class Decoder:
     @functools.cached_property
     def constants(self) -> tuple[Any, ...]:
         """What is needed of the fixed stream, per layer; computed when it is first asked for."""
-        return self._constants(self._state)
+        with self._on_mesh():
+            return self._constants(self._state)
 
     def abstract(self) -> tuple[Cache, tuple[Any, ...]]:
         """Shapes of an empty cache and of the constants."""
@@ -155,8 +193,37 @@ class Decoder:
 
     def prefill(self, tokens: jax.Array, carry: Any = None, inputs: Any = None) -> tuple[Any, Cache, Any]:
         """The first tokens int32 [B, C], C > 0: what `take` makes of the logits of the last, the cache, and carry."""
-        return self._start(self._state, self.constants, tokens, carry, inputs)
+        constants = self.constants
+        with self._on_mesh():
+            return self._start(self._state, constants, tokens, carry, inputs)
 
     def extend(self, tokens: jax.Array, cache: Cache, carry: Any = None, inputs: Any = None) -> tuple[Any, Cache, Any]:
         """More tokens int32 [B, C], C > 0; the cache and carry given are used up."""
-        return self._step(self._state, self.constants, tokens, cache, carry, inputs)
+        constants = self.constants
+        with self._on_mesh():
+            return self._step(self._state, constants, tokens, cache, carry, inputs)
+
+    def trace(self) -> jax.stages.Traced:
+        """The program of one more token, without carry and inputs; the model may be one of shapes and shardings."""
+        cache, constants = self.abstract()
+        if self._mesh is not None:
+            placed = functools.partial(_placed, self._mesh)
+            cache = cache._replace(layers=jax.tree.map(placed, cache.layers, _layer_axes(self._config, cache.layers)))
+        with self._on_mesh():
+            tokens = jax.ShapeDtypeStruct((self.batch, 1), jnp.int32)
+            return self._step.trace(self._state, constants, tokens, cache, None, None)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+def _mesh_of(state: Any) -> jax.sharding.Mesh | None:
+    """The mesh that a model's arrays lie on; None on one device."""
+    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(state))
+    meshes = (sharding.mesh for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding))
+    return next((mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh) and mesh.size > 1), None)
+
+
+def _placed(mesh: jax.sharding.Mesh, x: Any, axes: tuple[Axis, ...]) -> jax.ShapeDtypeStruct:
+    sharding = jax.sharding.NamedSharding(mesh, fitting_spec(axes, x.shape, mesh))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from deconstruct.config import ModelConfig
-from deconstruct.distributed.sharding import state_shardings
+from deconstruct.config import MeshConfig, ModelConfig
+from deconstruct.distributed.mesh import make_mesh
+from deconstruct.distributed.sharding import split_together, state_shardings, widths_left_whole
 from deconstruct.layers import Frozen
 from deconstruct.model.language_model import LanguageModel, abstract_model
+
+log = logging.getLogger(__name__)
+
+
+def mesh_for(
+    config: ModelConfig, mesh: MeshConfig, devices: Sequence[jax.Device] | None = None, key: str = "config.mesh"
+) -> jax.sharding.Mesh:
+    """The mesh of a model over `devices` (default: all): what is left open (-1) is chosen to fit it, and said.
+
+    Raises UserError, which names `key`, where the devices do not make it. What is asked for explicitly and does not
+    divide a parameter is refused by `abstract_arrays`.
+    """
+    _, params = nnx.split(abstract_model(config))
+    made = make_mesh(mesh, devices, split_together(params), key)
+    whole = widths_left_whole(params)
+    if made.shape["tensor"] > 1 and whole:
+        widths = ", ".join(map(str, whole))
+        log.info("mesh: tensor=%d leaves MLPs of matched width (%s) whole on each device", made.shape["tensor"], widths)
+    return made
 
 
 def split_model(model: LanguageModel) -> tuple[Any, Any, Any]:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from deconstruct.config import Config, ModelConfig
+from deconstruct.config import Config, MeshConfig, ModelConfig
 from deconstruct.distributed.mesh import single_device_mesh
 from deconstruct.layout import replaced_layers
 from deconstruct.model.language_model import LanguageModel
-from deconstruct.model.placement import abstract_arrays
+from deconstruct.model.placement import abstract_arrays, mesh_for
 from deconstruct.model.restack import rename_layers, to_layers, to_segments
 from deconstruct.run import checkpoint, extensions
 from deconstruct.run.workdir import Workdir
@@ -30,7 +30,7 @@ def restore_model(
     step: int | None = None,
     *,
     skip: Skip = "",
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | MeshConfig | None = None,
     extension: str | Sequence[str] = (),
     allow_extensions: bool = False,
     **changes: Any,
@@ -38,10 +38,10 @@ def restore_model(
     """A live model from a checkpoint (default: the latest), its parameters alone, on whatever devices are here.
 
     skip: "block" leaves the layers that are not standard out altogether, "mixer" only their mixers' branches. mesh:
-    where to put it, default the first device. Keyword arguments change model settings that leave parameters alone
-    (dtype, impl, scan, remat). extension: your copy of the file (or files) that define layers of the run, where the
-    package does not; allow_extensions: run the copies kept in the workdir. Raises UserError, `CheckpointGoneError`
-    where the step is not (or no longer) there.
+    where to put it, default the first device; a MeshConfig is made of all devices of this process. Keyword arguments
+    change model settings that leave parameters alone (dtype, impl, scan, remat). extension: your copy of the file (or
+    files) that define layers of the run, where the package does not; allow_extensions: run the copies kept in the
+    workdir. Raises UserError, `CheckpointGoneError` where the step is not (or no longer) there.
     """
     run_dir = Workdir(workdir)
     step = run_dir.step(step)
@@ -49,6 +49,8 @@ def restore_model(
     files = (extension,) if isinstance(extension, str) else tuple(extension)
     extensions.load(run_dir, saved, extensions.Trust(files, allow_extensions))
     config, kept = skipped(_changed(saved.model, changes), skip)
+    if isinstance(mesh, MeshConfig):
+        mesh = mesh_for(config, mesh, jax.local_devices(), "--mesh")
     mesh = mesh or single_device_mesh()
     graphdef, params, frozen = abstract_arrays(config, mesh)
     abstract = {"params": to_layers(params, config.plan), "frozen": frozen}

@@ -30,20 +30,21 @@ from deconstruct.data import pipeline, tokenizer
 from deconstruct.data.manifest import Manifest, load_manifest
 from deconstruct.distributed import runtime
 from deconstruct.distributed.agreement import agree, told_to_the_others
-from deconstruct.distributed.mesh import check_batch, make_mesh
+from deconstruct.distributed.mesh import check_batch
 from deconstruct.distributed.sharding import batch_spec
 from deconstruct.experiment import load_config
+from deconstruct.model.placement import mesh_for
 from deconstruct.run import checkpoint, extensions
 from deconstruct.run.checkpoint import Checkpoints
 from deconstruct.run.clock import Clock
 from deconstruct.run.metric_writer import MetricWriter
 from deconstruct.run.session import Session, session
 from deconstruct.run.workdir import Workdir
-from deconstruct.train.optimizer import make_optimizer, make_schedule
+from deconstruct.train.ahead_of_time import lower_step
+from deconstruct.train.optimizer import make_optimizer
 from deconstruct.train.progress import Progress
 from deconstruct.train.resume import RunCheckpoints, check_same_run, make_meta
 from deconstruct.train.state import StateSpec, TrainState, make_state_spec
-from deconstruct.train.step import batch_of, make_step
 from deconstruct.types import UserError
 
 STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM, to be run again
@@ -76,7 +77,7 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
     """
     manifest = load_manifest(config.data)
     _check_data(config, manifest)
-    mesh = make_mesh(config.mesh)
+    mesh = mesh_for(config.model, config.mesh)
     check_batch(config, mesh)
     run_dir = Workdir(workdir)
     agree("run", lambda: _same_everywhere(config, manifest, run_dir))
@@ -156,8 +157,7 @@ class Run:
     def __init__(self, config: Config, manifest: Manifest, mesh: jax.sharding.Mesh, run_dir: Workdir):
         self.config, self.manifest, self.mesh, self.run_dir = config, manifest, mesh, run_dir
         self.clock = Clock()
-        self.optimizer = make_optimizer(config)
-        self.spec: StateSpec = make_state_spec(config, self.optimizer, mesh)
+        self.spec: StateSpec = make_state_spec(config, make_optimizer(config), mesh)
         self.stop = runtime.StopSignal()
         self.rows = jax.sharding.NamedSharding(mesh, batch_spec())
         self.latest = latest_step_everywhere(run_dir)
@@ -172,7 +172,7 @@ class Run:
         if meta is None:
             _check_causal(config)
         with self.clock.measure("compile"):
-            self.lowered = self._lower()
+            self.lowered = lower_step(config, self.spec, mesh)
         agree("program", lambda: {"program of the step": hashlib.sha256(self.lowered.as_text().encode()).hexdigest()})
         flops = accounting.train_flops(config.model, config.batch_size, config.sequence_length).needed
         peak = accounting.peak_flops(mesh.devices.flat[0])
@@ -267,16 +267,6 @@ class Run:
                 f"{where}: {len(tokens)} tokens, but the fixed stream has model.fixed_length={model.fixed_length}"
             )
         return jnp.asarray(tokens, jnp.int32)
-
-    def _lower(self) -> Any:
-        config = self.config
-        step = make_step(self.spec.graphdef, self.optimizer, make_schedule(config), config.accumulation)
-        rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32, sharding=self.rows)
-        return jax.jit(
-            lambda state, rows: step(state, batch_of(rows, None if config.border_loss else config.model.end_of_text)),
-            donate_argnums=0,
-            out_shardings=(self.spec.shardings, None),
-        ).lower(self.spec.abstract, rows)
 
     def _batches(self, first: int) -> pipeline.Batches:
         """This process's rows of each batch from step `first` on: those its devices hold."""

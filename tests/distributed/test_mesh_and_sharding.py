@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from deconstruct.config import MeshConfig
-from deconstruct.distributed.mesh import check_batch, make_mesh, single_device_mesh
+from deconstruct.distributed.mesh import check_batch, make_mesh, parse_mesh, single_device_mesh
 from deconstruct.distributed.sharding import RULES, batch_spec, constrain, spec, state_shardings
 from deconstruct.experiment import load_config
 from deconstruct.model.language_model import abstract_model
-from deconstruct.model.placement import abstract_arrays
+from deconstruct.model.placement import abstract_arrays, mesh_for
 from deconstruct.types import UserError
 from tests.tiny import MIXER_NAMES, PAPER_NAMES, PARTS, quick, tiny_config
 
@@ -28,6 +28,8 @@ def mesh_of(data, fsdp, tensor):
     [
         ((1, -1, 1), (1, 8, 1)),
         ((-1, 2, 2), (2, 2, 2)),
+        ((-1, -1, 1), (1, 8, 1)),
+        ((-1, -1, 2), (1, 4, 2)),
         ((8, 1, -1), (8, 1, 1)),
         ((2, 4, 1), (2, 4, 1)),
     ],
@@ -47,14 +49,64 @@ def test_one_device_and_some():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ((3, -1, 1), r"config.mesh: data=3 x fsdp=-1 x tensor=1 does not make 8 devices; set one axis to -1"),
-        ((1, 4, 1), r"config.mesh: data=1 x fsdp=4 x tensor=1 does not make 8 devices"),
+        (
+            (3, -1, 1),
+            r"config.mesh: data=3 x fsdp=-1 x tensor=1 does not make 8 devices; what is fixed does not divide",
+        ),
+        ((-1, -1, 3), r"config.mesh: data=-1 x fsdp=-1 x tensor=3 does not make 8 devices; what is fixed does not"),
+        ((1, 4, 1), r"config.mesh: data=1 x fsdp=4 x tensor=1 does not make 8 devices; set one axis to -1"),
         ((16, -1, 1), r"does not make 8 devices"),
     ],
 )
 def test_meshes_that_are_none(asked, message):
     with pytest.raises(UserError, match=message):
         mesh_of(*asked)
+
+
+@pytest.mark.parametrize(
+    ("width", "tensor", "sizes", "said"),
+    [
+        (12, 1, (2, 4, 1), "data=2, fsdp=4, tensor=1 (8 does not divide 12"),
+        (14, 1, (4, 2, 1), "data=4, fsdp=2, tensor=1 (8 does not divide 14"),
+        (12, 2, (1, 4, 2), ""),
+        (16, 1, (1, 8, 1), ""),
+    ],
+)
+def test_the_default_mesh_fits_the_model_and_says_so(width, tensor, sizes, said, caplog):
+    caplog.set_level("INFO")
+    config = tiny_config({"hidden_size": width, "num_heads": 2, "head_dim": 4}).model
+    mesh = mesh_for(config, MeshConfig(tensor=tensor))
+    assert tuple(mesh.shape.values()) == sizes
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+    abstract_arrays(config, mesh)
+    if sizes[0] > 1:  # asked for by name, what does not divide is refused
+        with pytest.raises(UserError, match=r"config.mesh.fsdp=8 does not divide"):
+            abstract_arrays(config, mesh_for(config, MeshConfig(data=1)))
+
+
+def test_what_tensor_parallelism_leaves_whole_is_said(caplog):
+    caplog.set_level("INFO")
+    mesh_for(tiny_config(variant="mlp", layout="even").model, MeshConfig(tensor=2))
+    assert "tensor=2 leaves MLPs of matched width (22) whole on each device" in caplog.text
+
+
+@pytest.mark.parametrize(("text", "sizes"), [("fsdp=4,tensor=2", (-1, 4, 2)), ("data=2, fsdp=-1", (2, -1, 1))])
+def test_a_mesh_on_the_command_line(text, sizes):
+    assert parse_mesh(text) == MeshConfig(*sizes)
+
+
+@pytest.mark.parametrize("text", ["", "4", "fsdp", "fsdp=0", "rows=2", "tensor=-1", "fsdp=4;tensor=2"])
+def test_a_mesh_on_the_command_line_that_is_none(text):
+    with pytest.raises(UserError, match=rf"--mesh={text}: expected sizes of data, fsdp, tensor, as in fsdp=4,tensor=2"):
+        parse_mesh(text)
+
+
+def test_presets_of_meshes():
+    for name in ("v5e", "v6e", "v5p", "tpu7x", "h100", "h200"):
+        mesh = load_config(f"configs/paper.py:size=70m,mesh={name}").mesh
+        assert mesh.data == -1 and mesh.fsdp in (8, 16) and mesh.tensor == 1
+    with pytest.raises(UserError, match=r"mesh=v9: expected one of v5e, v6e"):
+        load_config("configs/paper.py:mesh=v9")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +222,7 @@ def test_a_mesh_that_does_not_divide_is_named_with_meshes_that_do(model, asked, 
 
 
 def test_the_paper_on_256_devices_is_refused_before_anything_is_compiled():
-    """896 over 256, from an abstract mesh: no such machine is here."""
+    """896 over 256, asked for by name, from an abstract mesh: no such machine is here."""
     config = load_config("configs/paper.py:size=500m").model
     _, params = nnx.split(abstract_model(config))
     mesh = jax.sharding.AbstractMesh((1, 256, 1), ("data", "fsdp", "tensor"))

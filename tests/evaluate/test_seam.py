@@ -137,7 +137,7 @@ def test_parameters_split_over_devices_give_the_same_numbers(run):
     evaluate(run, *words)
     whole = ledger(run)
     Workdir(run).evaluations.unlink()
-    evaluate(run, *words, "--fsdp=4")
+    evaluate(run, *words, "--mesh=fsdp=4")
     split = ledger(run)
     keys = [{key: value for key, value in record.items() if key != "value"} for record in whole]
     assert keys == [{key: value for key, value in record.items() if key != "value"} for record in split]
@@ -199,10 +199,10 @@ def test_mistakes(run, capsys, monkeypatch):
         parse_tasks(",")
     for steps in ("x", "-2", "2,", "all,2"):
         assert refused(capsys, workdir, f"--step={steps}").startswith(f"--step={steps}: expected steps, such as 200")
-    for fsdp in (0, 3, 16):
-        assert (
-            refused(capsys, workdir, f"--fsdp={fsdp}") == f"--fsdp={fsdp}: does not divide the 8 devices that are here"
-        )
+    for mesh in ("0", "fsdp=0", "4", "fsdp=2,rows=4", "tensor=-1"):
+        assert refused(capsys, workdir, f"--mesh={mesh}").startswith(f"--mesh={mesh}: expected sizes of data, fsdp, t")
+    for mesh, said in (("fsdp=3", "data=-1 x fsdp=3 x tensor=1"), ("data=1,fsdp=16", "data=1 x fsdp=16 x tensor=1")):
+        assert refused(capsys, workdir, f"--mesh={mesh}").startswith(f"--mesh: {said} does not make 8 devices")
     # Before the run has begun, and so before --follow waits for it.
     assert refused(capsys, "--workdir=gone", "--follow", "--contexts=0").startswith("--contexts=0: expected lengths")
     # A mistake of who writes an evaluation: the setting would be measured for ever.
