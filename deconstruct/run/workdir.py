@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import os
 
-from etils import epath
-
 from deconstruct.config import Config
+from deconstruct.data import tokenizer
+from deconstruct.data.tokenizer import Tokenizer
+from deconstruct.paths import place
 from deconstruct.run import checkpoint
 from deconstruct.types import UserError
 
@@ -24,7 +25,12 @@ class Workdir:
     """The names inside a workdir."""
 
     def __init__(self, folder: os.PathLike[str] | str):
-        self.folder = epath.Path(folder)
+        if os.fspath(folder).startswith("s3://"):
+            raise UserError(
+                f"--workdir={folder}: Orbax keeps checkpoints in files or in gs://, not in s3://; mount the bucket, or "
+                "copy the folder to and from it"
+            )
+        self.folder = place(folder)
         self.checkpoints = self.folder / "checkpoints"
         self.config_file = self.folder / "config.json"
         self.metrics = self.folder / "metrics.jsonl"
@@ -41,6 +47,11 @@ class Workdir:
         if not self.config_file.exists():
             raise UserError(f"--workdir={self.folder}: no config.json there; `deconstruct train` makes a workdir")
         return Config.from_dict(json.loads(self.config_file.read_text()))
+
+    def load_tokenizer(self, step: int) -> Tokenizer:
+        """The tokenizer that the checkpoint of a step was trained with. Raises UserError where another lies there."""
+        sha256 = checkpoint.read_meta(self.checkpoints, step)["tokenizer"]
+        return tokenizer.load(self.tokenizer, sha256 or None, f"the checkpoint of step {step}")
 
     def step(self, step: int | None) -> int:
         """`step`, or the latest that is saved. Raises UserError where there is none."""
