@@ -1,100 +1,95 @@
-"""What the worker processes of prepare do: read a unit, and sample it or turn it into a part of tokens.
+"""What the workers of prepare do: read a unit, and sample it or turn it into a part of tokens.
 
 A part is three files: NUMBER.tokens (the ids, each document followed by the end of text), NUMBER.npy (one record a
-document) and NUMBER.json (counts), which is written last: where it is, the part is whole.
+document) and NUMBER.json (counts), which is written last: where it is, the part is whole. A unit may be done twice, by
+a worker that was given up and by another: both write the same.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import multiprocessing
 import os
-import threading
 from array import array
-from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from deconstruct.data.progress import take_all
 from deconstruct.data.sample import Sample, draw
 from deconstruct.data.sources import BadLine, Unit, documents
 from deconstruct.data.tokenizer import Tokenizer, load
+from deconstruct.paths import is_remote, place, unfinished_name, write_whole
 
 TABLE = np.dtype([("tokens", "<i8"), ("characters", "<i8"), ("bytes", "<i8"), ("draw", "<u8")])
 EXAMPLES = 20
-TELL_CHARACTERS = 200_000
 
-_counter: Any = None  # shared by the processes: documents, characters
-
-
-class Crew:
-    """Workers that share a counter of documents and characters. A context manager; leaving it ends them."""
-
-    def __init__(self, workers: int):
-        context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
-        self._counter = context.Array("q", 2)
-        self._executor: Executor
-        if workers == 1:
-            self._executor = ThreadPoolExecutor(1, initializer=_begin, initargs=(self._counter, False))
-        else:
-            self._executor = ProcessPoolExecutor(
-                workers, mp_context=context, initializer=_begin, initargs=(self._counter, True)
-            )
-
-    def __enter__(self) -> Crew:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=kind is not None)
-
-    def map(
-        self, function: Callable[..., Any], jobs: list[tuple], what: str, take: Callable[[Any], object] = bool
-    ) -> None:
-        """Hands function(*job) of each job to `take`, in the order in which they end, with the progress shown."""
-        self._counter[:] = [0, 0]
-        futures: set[Future] = {self._executor.submit(function, *job) for job in jobs}
-        take_all(futures, what, lambda: (self._counter[0], self._counter[1]), take)
+# Told the characters of each document that a worker has done.
+Tell = Callable[[int], None]
 
 
-def sample_unit(unit: Unit, characters: int, seed: int) -> Sample:
+@dataclass
+class Summary:
+    """Of some units: documents, lines that are none, and the first of these in words."""
+
+    documents: int = 0
+    bad: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, other: Summary) -> None:
+        """Counts what another has counted."""
+        self.documents += other.documents
+        self.bad += other.bad
+        self.examples = [*self.examples, *other.examples][:EXAMPLES]
+
+    def spoilt(self, line: BadLine) -> None:
+        """Counts a line that is no document."""
+        self.bad += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(str(line))
+
+
+def sample_unit(unit: Unit, characters: int, seed: int, ceiling: int, *, tell: Tell) -> tuple[Sample, Summary]:
     """The part of a unit's text that may be in a sample of so many characters over all units."""
-    sample = Sample(characters, seed)
-    tell = _Teller()
+    sample, summary = Sample(characters, seed, ceiling), Summary()
     for item in documents(unit):
-        if isinstance(item, str):
+        if isinstance(item, BadLine):
+            summary.spoilt(item)
+        else:
+            summary.documents += 1
             sample.add(item)
             tell(len(item))
-    tell.now()
-    return sample
+    return sample, summary
 
 
-def encode_unit(unit: Unit, number: int, folder: str, tokenizer_folder: str, seed: int) -> None:
-    """Writes the part of one unit into the folder."""
-    tell = _Teller()
+def encode_unit(unit: Unit, number: int, folder: str, tokenizer_folder: str, seed: int, *, tell: Tell) -> None:
+    """Writes the part of one unit into the folder, if it is not there."""
+    if part_is_whole(folder, number):
+        return
     with PartWriter(folder, number, load(tokenizer_folder)) as writer:
         for item in documents(unit):
             if isinstance(item, BadLine):
-                writer.bad(item)
+                writer.summary.spoilt(item)
             else:
                 writer.add(item, draw(item, seed))
                 tell(len(item))
-    tell.now()
 
 
 class PartWriter:
     """Writes one part; the caller says each document's draw. Leaving the context without error makes it whole."""
 
-    def __init__(self, folder: str | Path, number: int, tokenizer: Tokenizer):
-        self._stem, self._tokenizer = Path(folder) / f"{number:05d}", tokenizer
+    def __init__(self, folder: str | os.PathLike[str], number: int, tokenizer: Tokenizer):
+        self._folder, self._number, self._tokenizer = folder, number, tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._table = [array("q"), array("q"), array("q"), array("Q")]
-        self._bad, self._examples = 0, list[str]()
+        self.summary = Summary()
 
     def __enter__(self) -> PartWriter:
-        self._file = open(self._named(".tokens.unfinished"), "wb")
+        tokens = self._named("tokens")
+        self._unfinished = tokens if is_remote(tokens) else epath.Path(unfinished_name(tokens))
+        self._file = self._unfinished.open("wb")
         return self
 
     def add(self, text: str, place: int) -> None:
@@ -105,12 +100,6 @@ class PartWriter:
         for column, value in zip(self._table, (len(ids), len(text), len(text.encode()), place), strict=True):
             column.append(value)
 
-    def bad(self, line: BadLine) -> None:
-        """Counts a line that is no document."""
-        self._bad += 1
-        if len(self._examples) < EXAMPLES:
-            self._examples.append(str(line))
-
     def __exit__(self, kind: object, *_: object) -> None:
         self._file.close()
         if kind is not None:
@@ -118,77 +107,51 @@ class PartWriter:
         table = np.empty(len(self._table[0]), TABLE)
         for name, column in zip(TABLE.names or (), self._table, strict=True):
             table[name] = column
-        with open(self._named(".npy"), "wb") as file:
-            np.save(file, table)
-        os.replace(self._named(".tokens.unfinished"), self._named(".tokens"))
-        summary = {"documents": len(table), "bad": self._bad, "examples": self._examples}
-        self._named(".json.unfinished").write_text(json.dumps(summary), encoding="utf-8")
-        os.replace(self._named(".json.unfinished"), self._named(".json"))
+        self.summary.documents = len(table)
+        if self._unfinished != self._named("tokens"):
+            self._unfinished.replace(self._named("tokens"))
+        written = io.BytesIO()
+        np.save(written, table)
+        write_whole(self._named("npy"), written.getvalue())
+        write_whole(self._named("json"), json.dumps(vars(self.summary)).encode())
 
-    def _named(self, suffix: str) -> Path:
-        return self._stem.parent / (self._stem.name + suffix)
+    def _named(self, kind: str) -> epath.Path:
+        return part_file(self._folder, self._number, kind)
 
 
 class Part:
-    """A whole part, read back: `summary`, `table` (a record a document), `tokens` (mapped, not read)."""
+    """A whole part, read back: `summary`, `table` (a record a document), `blocks` of its tokens."""
 
-    def __init__(self, folder: str | Path, number: int, dtype: str):
-        stem = Path(folder) / f"{number:05d}"
-        self.summary: dict[str, Any] = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        self._stem, self._dtype = stem, dtype
+    def __init__(self, folder: str | os.PathLike[str], number: int, dtype: str):
+        self._folder, self._number, self._dtype = folder, number, np.dtype(dtype)
+        self.summary = Summary(**json.loads(part_file(folder, number, "json").read_bytes()))
 
     @property
     def table(self) -> np.ndarray:
-        return np.load(self._stem.with_suffix(".npy"))
+        with part_file(self._folder, self._number, "npy").open("rb") as file:
+            return np.load(file)
 
-    @property
-    def tokens(self) -> np.ndarray:
-        path = self._stem.with_suffix(".tokens")
-        if not path.stat().st_size:
-            return np.empty(0, self._dtype)
-        return np.memmap(path, dtype=self._dtype, mode="r")
+    def blocks(self, spans: Iterable[tuple[int, int]], most: int) -> Iterator[np.ndarray]:
+        """The tokens of each span [first, last), ascending, in blocks of at most so many."""
+        width = self._dtype.itemsize
+        with part_file(self._folder, self._number, "tokens").open("rb") as stored:
+            file: Any = stored
+            for first, last in spans:
+                file.seek(first * width)
+                for start in range(first, last, most):
+                    yield np.frombuffer(file.read((min(start + most, last) - start) * width), self._dtype)
 
 
-def part_is_whole(folder: str | Path, number: int) -> bool:
+def part_file(folder: str | os.PathLike[str], number: int, kind: str) -> epath.Path:
+    """The path of one of a part's files: tokens, npy or json."""
+    return place(folder) / f"{number:05d}.{kind}"
+
+
+def part_is_whole(folder: str | os.PathLike[str], number: int) -> bool:
     """Whether this part was written to its end, in this run or an earlier one."""
-    return (Path(folder) / f"{number:05d}.json").is_file()
+    return part_file(folder, number, "json").exists()
 
 
 def token_dtype(vocab_size: int) -> str:
     """The smallest of the two types that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def _begin(counter: Any, is_process: bool) -> None:
-    global _counter
-    _counter = counter
-    if is_process:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core already
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
-
-
-class _Teller:
-    """Adds to the shared counter, not oftener than its lock allows without cost."""
-
-    def __init__(self) -> None:
-        self._documents = self._characters = 0
-
-    def __call__(self, characters: int) -> None:
-        self._documents += 1
-        self._characters += characters
-        if self._characters >= TELL_CHARACTERS:
-            self.now()
-
-    def now(self) -> None:
-        with _counter.get_lock():
-            _counter[0] += self._documents
-            _counter[1] += self._characters
-        self._documents = self._characters = 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,19 +42,40 @@ class Packer:
         for name in SPLITS:
             self._check(name, fraction)
 
-    def write(self, folder: Path) -> tuple[dict[str, Split], dict[str, np.ndarray]]:
-        """Writes the shards into the folder; returns the splits and how often each id is predicted in their rows."""
+    def rows(self, name: str) -> int:
+        """How many rows a split has."""
+        return (self.totals[name].tokens - 1) // self._row_length
+
+    def shard_names(self) -> list[str]:
+        """The names of the files that `write` writes."""
+        return [name for split in SPLITS for name, _ in self._shards(split)]
+
+    def write(self, folder: Path, publish: Callable[[Path], None]) -> tuple[dict[str, Split], dict[str, np.ndarray]]:
+        """Writes shards into the folder, one at a time, and hands each over when it is whole.
+
+        Returns the splits and how often each id is predicted in their rows.
+        """
         splits, counts = {}, {}
         for name in SPLITS:
             total = self.totals[name]
-            rows = (total.tokens - 1) // self._row_length
-            writer = _RowWriter(folder, name, rows, self._row_length, self._vocab_size, self._dtype)
+            writer = _RowWriter(folder, publish, self._shards(name), self._row_length, self._vocab_size, self._dtype)
             for tokens in self._stream(name):
                 writer.add(tokens)
             shards = writer.finish()
-            splits[name] = Split(total.documents, total.characters, total.bytes, total.tokens, rows, tuple(shards))
+            splits[name] = Split(
+                total.documents, total.characters, total.bytes, total.tokens, self.rows(name), tuple(shards)
+            )
             counts[name] = writer.counts
         return splits, counts
+
+    def _shards(self, split: str) -> list[tuple[str, int]]:
+        """The name of each shard, and its rows."""
+        rows = self.rows(split)
+        shards = max(1, -(-rows * (self._row_length + 1) * np.dtype(self._dtype).itemsize // SHARD_BYTES))
+        return [
+            (f"{split}-{i:05d}-of-{shards:05d}.array_record", rows * (i + 1) // shards - rows * i // shards)
+            for i in range(shards)
+        ]
 
     def _count(self) -> dict[str, Totals]:
         totals = {name: Totals() for name in SPLITS}
@@ -70,6 +92,12 @@ class Packer:
 
     def _check(self, name: str, fraction: float) -> None:
         tokens, needed = self.totals[name].tokens, self._row_length + 1
+        if not self.totals[name].documents:
+            documents = sum(total.documents for total in self.totals.values())
+            raise UserError(
+                f"--input: its {documents} documents are all the same text, and what is the same stays in one split; "
+                "give at least two that differ"
+            )
         if tokens < needed:
             remedy = "more text or a smaller --row-length"
             if name == "validation" and fraction < 0.5:
@@ -90,10 +118,7 @@ class Packer:
             ends = np.concatenate([[0], np.cumsum(table["tokens"])])
             inside = np.concatenate([[False], self._is_in(name, table), [False]])
             changes = np.flatnonzero(inside[1:] != inside[:-1])
-            tokens = part.tokens
-            for first, last in changes.reshape(-1, 2):
-                for start in range(int(ends[first]), int(ends[last]), BLOCK_TOKENS):
-                    yield tokens[start : min(start + BLOCK_TOKENS, int(ends[last]))]
+            yield from part.blocks(((int(ends[a]), int(ends[b])) for a, b in changes.reshape(-1, 2)), BLOCK_TOKENS)
 
 
 def unigram_perplexity(train: np.ndarray, validation: np.ndarray) -> float:
@@ -103,18 +128,18 @@ def unigram_perplexity(train: np.ndarray, validation: np.ndarray) -> float:
 
 
 class _RowWriter:
-    """Cuts a stream into rows and rows into shards of equal size. `counts` [V]: how often each id is predicted."""
+    """Cuts a stream into rows and rows into shards. `counts` [V]: how often each id is predicted."""
 
-    def __init__(self, folder: Path, split: str, rows: int, row_length: int, vocab_size: int, dtype: str):
-        self._folder, self._row_length, self._dtype = folder, row_length, np.dtype(dtype)
-        shards = max(1, -(-rows * (row_length + 1) * self._dtype.itemsize // SHARD_BYTES))
-        self._names = [f"{split}-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-        self._rows_left = [rows * (i + 1) // shards - rows * i // shards for i in range(shards)]
-        self._shard_rows = list(self._rows_left)
+    def __init__(
+        self, folder: Path, publish: Callable[[Path], None], shards: list[tuple[str, int]],
+        row_length: int, vocab_size: int, dtype: str,
+    ):  # fmt: skip
+        self._folder, self._publish, self._coming = folder, publish, iter(shards)
+        self._row_length, self._dtype = row_length, np.dtype(dtype)
         self.counts = np.zeros(vocab_size, np.int64)
         self._kept = np.empty(0, self._dtype)
-        self._current = 0
-        self._writer = self._open()
+        self._done: list[Shard] = []
+        self._open()
 
     def add(self, tokens: np.ndarray) -> None:
         """The next tokens of the stream."""
@@ -123,26 +148,30 @@ class _RowWriter:
         if rows <= 0:
             return
         for start in range(0, rows * self._row_length, self._row_length):
-            if not self._rows_left[self._current]:
-                self._writer.close()
-                self._current += 1
-                self._writer = self._open()
+            if self._rows == self._rows_of_shard:
+                self._close()
+                self._open()
             self._writer.write(self._kept[start : start + self._row_length + 1].tobytes())
-            self._rows_left[self._current] -= 1
+            self._rows += 1
         end = rows * self._row_length
         self.counts += np.bincount(self._kept[1 : end + 1], minlength=len(self.counts))
         self._kept = self._kept[end:].copy()
 
     def finish(self) -> list[Shard]:
-        self._writer.close()
-        shards = []
-        for name, rows in zip(self._names, self._shard_rows, strict=True):
-            path = self._folder / name
-            with open(path, "rb") as file:
-                shards.append(Shard(name, rows, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()))
-        return shards
+        self._close()
+        return self._done
 
-    def _open(self):  # type: ignore[no-untyped-def]
+    def _open(self) -> None:
         from array_record.python import array_record_module
 
-        return array_record_module.ArrayRecordWriter(str(self._folder / self._names[self._current]), WRITER_OPTIONS)
+        name, self._rows_of_shard = next(self._coming)
+        self._rows, self._path = 0, self._folder / name
+        self._writer = array_record_module.ArrayRecordWriter(str(self._path), WRITER_OPTIONS)
+
+    def _close(self) -> None:
+        self._writer.close()
+        with open(self._path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self._done.append(Shard(self._path.name, self._rows, size, sha256))
+        self._publish(self._path)

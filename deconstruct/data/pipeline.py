@@ -11,9 +11,10 @@ import bisect
 import functools
 import hashlib
 import itertools
+import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, SupportsIndex
 
 import grain
@@ -21,13 +22,15 @@ import numpy as np
 from array_record.python import array_record_module
 from grain.experimental import index_shuffle
 
-from deconstruct.data.manifest import Manifest, Split, check_shards, load_manifest
+from deconstruct.data.manifest import Manifest, Split, check_shards, load_manifest, sha256_of
+from deconstruct.paths import is_remote, stat
 from deconstruct.types import UserError
 
 __all__ = ["Batches", "Manifest", "Windows", "load_manifest", "tokens_at", "train_batches"]
 
 SHUFFLE_ROUNDS = 4
 ENDLESS = 2**62
+LOOK_SECONDS = 10.0  # how often a shard in use is looked at, whether it is still the same
 
 
 class Windows:
@@ -37,7 +40,7 @@ class Windows:
     Raises UserError for a folder that is not prepared or damaged, and a length above the tokens of the split.
     """
 
-    def __init__(self, folder: str | Path, split: str, length: int):
+    def __init__(self, folder: str | os.PathLike[str], split: str, length: int):
         self.manifest = load_manifest(folder)
         self.fingerprint = self.manifest.fingerprint
         self.length = length
@@ -109,8 +112,8 @@ class Batches:
 
 
 def train_batches(
-    folder: str | Path, length: int, batch_size: int, seed: int, start_step: int = 0, host: int = 0, hosts: int = 1,
-    threads: int = 3, prefetch: int = 16,
+    folder: str | os.PathLike[str], length: int, batch_size: int, seed: int, start_step: int = 0,
+    host: int = 0, hosts: int = 1, threads: int = 3, prefetch: int = 16,
 ) -> Batches:  # fmt: skip
     """The batches of host `host` of `hosts`, from the one of step `start_step` on: int32
     [batch_size // hosts, length + 1] of shuffled train windows, every epoch in another order, without end.
@@ -129,7 +132,7 @@ def train_batches(
     return Batches(source, start_step, threads, prefetch)
 
 
-def tokens_at(folder: str | Path, count: int) -> np.ndarray:
+def tokens_at(folder: str | os.PathLike[str], count: int) -> np.ndarray:
     """The first `count` tokens of the train stream, int32 [count]; UserError where the rows hold fewer."""
     manifest = load_manifest(folder)
     rows = _Rows(folder, manifest, manifest.train)
@@ -172,11 +175,19 @@ def _epoch_seed(name: str, epoch: int) -> int:
 class _Rows:
     """Rows of one split by their number, over its shards, which are opened when first read."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest, split: Split):
+    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest, split: Split):
+        if os.fspath(folder).startswith("s3://"):
+            raise UserError(
+                f"{folder}: rows are read from files or gs:// (ArrayRecord reads nothing else); copy the folder first "
+                f"(aws s3 sync {folder} FOLDER), or mount the bucket"
+            )
         self._paths = check_shards(folder, split)
+        self._shards, self._vocab_size = split.shards, manifest.tokenizer["vocab_size"]
         self._ends = list(itertools.accumulate(shard.rows for shard in split.shards))
         self._dtype, self._row_bytes = np.dtype(manifest.dtype), manifest.row_bytes
         self._readers: list[Any] = [None] * len(self._paths)
+        self._stats = [None if is_remote(path) else stat(path) for path in self._paths]
+        self._looked = [time.monotonic()] * len(self._paths)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -198,22 +209,44 @@ class _Rows:
         return found
 
     def _read_shard(self, shard: int, rows: list[int]) -> list[np.ndarray]:
+        if time.monotonic() - self._looked[shard] > LOOK_SECONDS or self._readers[shard] is None:
+            self._check_unchanged(shard)
         try:
             records = self._reader(shard).read(rows)
         except (RuntimeError, ValueError, OSError, IndexError) as error:
             raise self._damaged(shard, str(error).splitlines()[0]) from None
         if len(records) != len(rows) or any(len(record) != self._row_bytes for record in records):
             raise self._damaged(shard, f"rows are not of {self._row_bytes} bytes")
-        return [np.frombuffer(record, self._dtype) for record in records]
+        read = [np.frombuffer(record, self._dtype) for record in records]
+        for row, values in zip(rows, read, strict=True):
+            if (greatest := int(values.max())) >= self._vocab_size:
+                raise self._damaged(
+                    shard,
+                    f"row {row} holds token id {greatest}, and its tokenizer has the ids 0 to {self._vocab_size - 1}",
+                )
+        return read
 
     def _reader(self, shard: int) -> Any:
         if self._readers[shard] is None:
             with self._lock:
                 if self._readers[shard] is None:
                     # Reading ahead in the file would be wasted: rows are read in shuffled order.
-                    path = str(self._paths[shard])
+                    path = os.fspath(self._paths[shard])
                     self._readers[shard] = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
         return self._readers[shard]
+
+    def _check_unchanged(self, shard: int) -> None:
+        """Raises UserError where a file was replaced or written to since this object was made."""
+        path, before = self._paths[shard], self._stats[shard]
+        if before is None:
+            return
+        try:
+            now = stat(path)
+        except FileNotFoundError:
+            raise self._damaged(shard, "deleted while it was in use") from None
+        if now != before and sha256_of(os.fspath(path), now) != self._shards[shard].sha256:
+            raise self._damaged(shard, "changed while it was in use")
+        self._stats[shard], self._looked[shard] = now, time.monotonic()
 
     def _damaged(self, shard: int, why: str) -> UserError:
         path = self._paths[shard]

@@ -13,40 +13,33 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from deconstruct.data import tokenizer as tokenizers
+from deconstruct.data.crew import PROCESSES, Crew, check_engine, open_crew
 from deconstruct.data.encode import (
-    EXAMPLES,
-    Crew,
     Part,
     PartWriter,
+    Summary,
     encode_unit,
     part_is_whole,
     sample_unit,
     token_dtype,
 )
-from deconstruct.data.manifest import (
-    FILE_NAME,
-    FORMAT,
-    TOKENIZER_FOLDER,
-    Manifest,
-    check_shards,
-    load_manifest,
-    save_manifest,
-)
+from deconstruct.data.manifest import FORMAT, TOKENIZER_FOLDER, Manifest, check_shards, load_manifest, save_manifest
+from deconstruct.data.output import Output
 from deconstruct.data.pack import SPLITS, Packer, unigram_perplexity
 from deconstruct.data.sample import Sample
 from deconstruct.data.sources import Unit, capped, documents, identity, work_units
-from deconstruct.lock import alone_in
+from deconstruct.paths import reaching
 from deconstruct.types import UserError
 
-PARTIAL = ".partial"
 SAMPLE_CHARACTERS = 10_000_000
+EVERYTHING = 1 << 62
 
 
 def _cores() -> int:
@@ -68,6 +61,7 @@ class PrepareOptions:
     seed: int = 0
     workers: int = 0
     max_bad_share: float = 0.001
+    executor: str = PROCESSES
 
     def check(self) -> None:
         """Raises UserError for a value outside its range."""
@@ -81,13 +75,12 @@ class PrepareOptions:
             self.max_characters is None or self.max_characters >= 1, "max-characters", self.max_characters, "at least 1"
         )
         _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        if Path(self.output).expanduser().is_file():
-            raise UserError(f"--output={self.output}: is a file; give a folder")
+        check_engine(self.executor, self.workers)
 
     def that_matter(self) -> dict[str, Any]:
         """The options that change what comes out."""
         kept = asdict(self)
-        for name in ("output", "workers", "max_bad_share"):
+        for name in ("output", "workers", "max_bad_share", "executor"):
             del kept[name]
         if self.tokenizer is not None:
             del kept["vocab_size"]
@@ -102,51 +95,47 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     folder complete with other options.
     """
     options.check()
+    output = Output(options.output)
+    with reaching(options.output):
+        output.check()
     given = tokenizers.load(options.tokenizer) if options.tokenizer else None
     units = work_units(options.input, options.key)
     input_sha256 = identity(units)
-    output = Path(options.output).expanduser()
-    output.mkdir(parents=True, exist_ok=True)
-    with alone_in(output, "--output", "prepare"):
-        if (output / FILE_NAME).exists():
+    with reaching(options.output), output.alone():
+        if output.is_complete:
             manifest = _completed(options, given, input_sha256)
         else:
             matter = [FORMAT, options.that_matter(), given.fingerprint if given else None, input_sha256]
-            name = hashlib.sha256(json.dumps(matter).encode()).hexdigest()[:16]
-            manifest = _prepare(options, given, units, input_sha256, output, output / PARTIAL / name)
-            save_manifest(output, manifest)
-    shutil.rmtree(output / PARTIAL, ignore_errors=True)
+            partial = output.begin(hashlib.sha256(json.dumps(matter).encode()).hexdigest()[:16])
+            manifest = _prepare(options, given, units, input_sha256, output, partial)
+            save_manifest(output.folder, manifest)
+        output.clean()
     return asdict(manifest)
 
 
 def _prepare(
     options: PrepareOptions, given: tokenizers.Tokenizer | None, units: list[Unit], input_sha256: str,
-    output: Path, partial: Path,
+    output: Output, partial: epath.Path,
 ) -> Manifest:  # fmt: skip
-    partial.mkdir(parents=True, exist_ok=True)
     if options.max_characters is not None:
         units = capped(units, options.max_characters)
-    with Crew(min(options.workers or _cores(), len(units))) as crew:
+    with open_crew(options.executor, min(options.workers or _cores(), len(units)), os.fspath(partial)) as crew:
         tokenizer = _tokenizer(options, given, units, partial / TOKENIZER_FOLDER, crew)
         parts, is_one = _parts(options, units, tokenizer, partial, crew)
-    bad_lines = _bad_lines(options, [Part(partial, i, "uint16") for i in range(len(units))])
+    bad_lines = _bad_lines(options, [Part(partial, i, "uint16").summary for i in range(len(units))])
     dtype = token_dtype(tokenizer.vocab_size)
     packer = Packer(parts, options.validation_fraction, options.row_length, tokenizer.vocab_size, dtype)
-    shards = partial / "shards"
-    shards.mkdir(exist_ok=True)
-    splits, counts = packer.write(shards)
-    for left_over in output.glob("*-of-*.array_record"):  # of a run killed just before its manifest
-        left_over.unlink()
-    for split in splits.values():
-        for shard in split.shards:
-            os.replace(shards / shard.name, output / shard.name)
-    tokenizer.save(output / TOKENIZER_FOLDER)
+    tokenizer_file = f"{TOKENIZER_FOLDER}/{tokenizer.file_name}"
+    output.claim([*packer.shard_names(), tokenizer_file])
+    with output.scratch(partial) as scratch:
+        splits, counts = packer.write(scratch, output.publish)
+    tokenizer.save(output.folder / TOKENIZER_FOLDER)
     return Manifest(
         row_length=options.row_length,
         dtype=dtype,
         tokenizer={
             "kind": tokenizer.kind,
-            "file": f"{TOKENIZER_FOLDER}/{tokenizer.file_name}",
+            "file": tokenizer_file,
             "sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "end_of_text": tokenizer.end_of_text,
@@ -162,36 +151,42 @@ def _prepare(
 
 
 def _tokenizer(
-    options: PrepareOptions, given: tokenizers.Tokenizer | None, units: list[Unit], folder: Path, crew: Crew
+    options: PrepareOptions, given: tokenizers.Tokenizer | None, units: list[Unit], folder: epath.Path, crew: Crew
 ) -> tokenizers.Tokenizer:
-    if folder.is_dir():
+    if folder.is_dir() and any(folder.iterdir()):
         return tokenizers.load(folder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
     if given is not None:
-        given.save(unfinished)
-    else:
-        sample = Sample(SAMPLE_CHARACTERS, options.seed)
-        crew.map(sample_unit, [(unit, SAMPLE_CHARACTERS, options.seed) for unit in units], "sample", sample.merge)
-        _say(f"training a tokenizer of {options.vocab_size} ids")
-        tokenizers.train_sentencepiece(
-            sample.excerpts(), options.vocab_size, unfinished, SAMPLE_CHARACTERS, options.seed
-        )
-    os.replace(unfinished, folder)
-    return tokenizers.load(folder)
+        given.save(folder)
+        return given
+    sample, found = Sample(SAMPLE_CHARACTERS, options.seed), Summary()
+
+    def take(result: tuple[Sample, Summary]) -> None:
+        sample.merge(result[0])
+        found.add(result[1])
+
+    # Each job is told what is known to be of no use by then, so that little comes back of a large text.
+    jobs = ((unit, SAMPLE_CHARACTERS, options.seed, sample.ceiling) for unit in units)
+    crew.map(sample_unit, jobs, len(units), "sample", take)
+    _check_documents(found)
+    _say(f"training a tokenizer of {options.vocab_size} ids")
+    return tokenizers.train_sentencepiece(
+        sample.excerpts(), options.vocab_size, folder, SAMPLE_CHARACTERS, options.seed
+    )
 
 
 def _parts(
-    options: PrepareOptions, units: list[Unit], tokenizer: tokenizers.Tokenizer, partial: Path, crew: Crew
+    options: PrepareOptions, units: list[Unit], tokenizer: tokenizers.Tokenizer, partial: epath.Path, crew: Crew
 ) -> tuple[list[Part], bool]:
     """The parts, in the order of the units, and whether they hold one document, split at its end."""
     left = [i for i in range(len(units)) if not part_is_whole(partial, i)]
     if len(left) < len(units):
         _say(f"{len(units) - len(left)} of {len(units)} parts are there from an earlier run")
-    folder = str(partial / TOKENIZER_FOLDER)
-    crew.map(encode_unit, [(units[i], i, str(partial), folder, options.seed) for i in left], "encode")
+    folder = os.fspath(partial / TOKENIZER_FOLDER)
+    jobs = ((units[i], i, os.fspath(partial), folder, options.seed) for i in left)
+    crew.map(encode_unit, jobs, len(left), "encode")
     dtype = token_dtype(tokenizer.vocab_size)
     parts = [Part(partial, i, dtype) for i in range(len(units))]
-    if sum(part.summary["documents"] for part in parts) != 1:
+    if sum(part.summary.documents for part in parts) != 1:
         return parts, False
     _say("the input is one document: its end is the validation split")
     text = next(item for unit in units for item in documents(unit) if isinstance(item, str))
@@ -203,22 +198,28 @@ def _parts(
     return [Part(partial, len(units), dtype)], True
 
 
-def _bad_lines(options: PrepareOptions, parts: list[Part]) -> dict[str, Any]:
-    bad = sum(part.summary["bad"] for part in parts)
-    every = bad + sum(part.summary["documents"] for part in parts)
-    examples = [example for part in parts for example in part.summary["examples"]][:EXAMPLES]
-    for example in examples:
+def _check_documents(found: Summary) -> None:
+    if not found.documents:
+        why = f"{found.bad} bad, the first {found.examples[0]}" if found.bad else "the text is empty"
+        raise UserError(f"--input: no document in it ({why})")
+
+
+def _bad_lines(options: PrepareOptions, summaries: list[Summary]) -> dict[str, Any]:
+    found = Summary()
+    for summary in summaries:
+        found.add(summary)
+    _check_documents(found)
+    bad, every = found.bad, found.bad + found.documents
+    for example in found.examples:
         _say(example)
     if bad:
         _say(f"{bad} of {every} lines are not documents and are left out")
-    if every == bad:
-        raise UserError(f"--input: no document in it ({bad} bad lines)" + (f"; {examples[0]}" if bad else ""))
     if bad > options.max_bad_share * every:
         raise UserError(
             f"--max-bad-share={options.max_bad_share}: {bad} of {every} lines ({bad / every:.2%}) are bad, the first "
-            f"{examples[0]}; mend them or allow --max-bad-share={bad / every + 5e-5:.4f}"
+            f"{found.examples[0]}; mend them or allow --max-bad-share={bad / every + 5e-5:.4f}"
         )
-    return {"count": bad, "examples": examples}
+    return {"count": bad, "examples": found.examples}
 
 
 def _completed(options: PrepareOptions, given: tokenizers.Tokenizer | None, input_sha256: str) -> Manifest:
@@ -237,7 +238,8 @@ def _completed(options: PrepareOptions, given: tokenizers.Tokenizer | None, inpu
         if name not in ("input", "tokenizer") and now[name] != then[name]:
             raise UserError(f"--{name.replace('_', '-')}={now[name]}: was {then[name]} there; {remedy}")
     for split in (manifest.train, manifest.validation):
-        check_shards(options.output, split)
+        check_shards(options.output, split, hashed=EVERYTHING)
+    tokenizers.of_prepared(options.output, manifest)
     _say(f"{options.output} is complete already")
     return manifest
 
@@ -281,6 +283,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=default.seed, help="of the sample and the split (default: %(default)s)"
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--executor", default=default.executor, metavar="ENGINE",
+        help=f"{PROCESSES} of this machine (default), or dask:ADDRESS of a scheduler, whose workers see --input and "
+        "--output under the same paths",
+    )  # fmt: skip
     parser.add_argument(
         "--max-bad-share", type=float, default=default.max_bad_share, metavar="SHARE",
         help="fail if more of the lines than this are not documents (default: %(default)s)",

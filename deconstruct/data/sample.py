@@ -20,12 +20,20 @@ def draw(text: str, seed: int) -> int:
 
 
 class Sample:
-    """The excerpts with the smallest draws, as few as hold `characters` characters (all, while there are fewer)."""
+    """The excerpts with the smallest draws, as few as hold `characters` characters (all, while there are fewer).
 
-    def __init__(self, characters: int, seed: int):
+    `ceiling`: a draw above which nothing is wanted, of a sample that this one is to be merged into.
+    """
+
+    def __init__(self, characters: int, seed: int, ceiling: int = 2**64):
         self.characters, self.seed = characters, seed
         self._kept: list[tuple[int, str]] = []  # a heap with the largest draw on top: draws are stored negated
-        self._held = 0
+        self._held, self._ceiling = 0, ceiling
+
+    @property
+    def ceiling(self) -> int:
+        """The draw above which nothing is wanted any more."""
+        return -self._kept[0][0] if self._held >= self.characters else self._ceiling
 
     def add(self, document: str) -> None:
         """Offers each excerpt of a document."""
@@ -44,7 +52,7 @@ class Sample:
             yield excerpt
 
     def _offer(self, negated: int, excerpt: str) -> None:
-        if self._held >= self.characters and negated < self._kept[0][0]:
+        if -negated > self.ceiling:
             return
         heapq.heappush(self._kept, (negated, excerpt))
         self._held += len(excerpt)

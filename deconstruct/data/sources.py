@@ -6,31 +6,24 @@ reads from its beginning to its end; it yields documents, and a `BadLine` for wh
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import gzip
 import hashlib
 import json
-import os
-import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from deconstruct.data.listing import HUB, File, files_of, kind_of, standard_library
+from deconstruct.paths import Stat, place, reaching
 from deconstruct.types import UserError
 
-KINDS = {".txt": "txt", ".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".jsonl.zst": "jsonl.zst", ".parquet": "parquet"}
-SUFFIXES = ", ".join(KINDS)
-HUB = "hub:"
 # Small text files share a unit, so that a million of them do not become a million parts.
 UNIT_BYTES = 1 << 20
 MOST_UNITS = 4096
 CHUNK_BYTES = 1 << 20
-# Of the standard library: tests and generated or installed files are not its source text.
-NOT_SOURCES = {
-    "__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,12 +40,14 @@ class BadLine:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker reads at a time. `characters` stops it early (the last document is cut), None reads all."""
+    """What one worker reads at a time. `characters` stops it early (the last document is cut), None reads all.
+    `stats`: of the paths, when they were listed."""
 
     kind: str  # a value of KINDS, or "hub"
     paths: tuple[str, ...]
     key: str
     characters: int | None = None
+    stats: tuple[Stat, ...] = ()
 
 
 def work_units(inputs: Iterable[str], key: str = "text") -> list[Unit]:
@@ -62,14 +57,14 @@ def work_units(inputs: Iterable[str], key: str = "text") -> list[Unit]:
     """
     inputs = list(inputs)
     if not inputs:
-        return _units_of_files(_standard_library(), key)
+        return _units_of_files(standard_library(), key)
     units: list[Unit] = []
     for given in inputs:
         if given.startswith(HUB):
             _hub_parts(given)
             units.append(Unit("hub", (given,), key))
         else:
-            units += _units_of_files(_files(given), key)
+            units += _units_of_files(files_of(given), key)
     return units
 
 
@@ -77,12 +72,11 @@ def identity(units: Iterable[Unit]) -> str:
     """sha256 over the name, size and time of every file: says that the input is the one of the last run."""
     digest = hashlib.sha256()
     for unit in units:
-        for path in unit.paths:
-            if unit.kind == "hub":
-                digest.update(f"{path}\n".encode())
-            else:
-                stat = os.stat(path)
-                digest.update(f"{unit.kind} {Path(path).name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        if unit.kind == "hub":
+            digest.update(f"{unit.paths[0]}\n".encode())
+            continue
+        for path, (size, mark) in zip(unit.paths, unit.stats, strict=True):
+            digest.update(f"{unit.kind} {Path(path).name} {size} {mark}\n".encode())
     return digest.hexdigest()
 
 
@@ -111,67 +105,37 @@ def capped(units: Iterable[Unit], characters: int) -> list[Unit]:
     left = characters
     for unit in units:
         held = 0
-        for item in documents(Unit(unit.kind, unit.paths, unit.key, left)):
+        for item in documents(replace(unit, characters=left)):
             held += len(item) if isinstance(item, str) else 0
-        kept.append(Unit(unit.kind, unit.paths, unit.key, left if held >= left else None))
+        kept.append(replace(unit, characters=left if held >= left else None))
         left -= held
         if left <= 0:
             break
     return kept
 
 
-def _files(given: str) -> list[str]:
-    path = Path(given).expanduser()
-    if path.is_dir():
-        found = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-        found = [str(path / p) for p in found if _kind(p) and not any(part.startswith(".") for part in p.split("/"))]
-        if not found:
-            raise UserError(f"--input={given}: no text in this folder; it should hold files ending in {SUFFIXES}")
-        return found
-    if path.is_file():
-        if not _kind(given):
-            raise UserError(f"--input={given}: unknown kind of file; its name should end in one of {SUFFIXES}")
-        return [str(path)]
-    if glob.has_magic(given):
-        found = sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p) and _kind(p))
-        if found:
-            return found
-        raise UserError(f"--input={given}: no file matches; a match should end in one of {SUFFIXES}")
-    raise UserError(f"--input={given}: no such file or folder; give a file, a folder, a glob or {HUB}NAME")
-
-
-def _kind(path: str) -> str | None:
-    return next((kind for suffix, kind in KINDS.items() if path.lower().endswith(suffix)), None)
-
-
-def _standard_library() -> list[str]:
-    root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
-    kept = [name for name in names if not NOT_SOURCES & set(name.split("/")) and not name.startswith(("_sysc", "conf"))]
-    if not kept:
-        raise UserError(f"--input: Python's own sources are not in {root}; give --input=PATH")
-    return [str(root / name) for name in kept]
-
-
-def _units_of_files(paths: list[str], key: str) -> list[Unit]:
+def _units_of_files(files: list[File], key: str) -> list[Unit]:
     units: list[Unit] = []
-    group: list[str] = []
+    group: list[File] = []
     held = 0
-    sizes = [os.path.getsize(path) for path in paths]
-    most = max(UNIT_BYTES, sum(sizes) // MOST_UNITS)
-    for path, size in zip(paths, sizes, strict=True):
-        kind = _kind(path) or "txt"  # the standard library's .py files are text
-        if group and (kind != "txt" or held + size > most):
-            units.append(Unit("txt", tuple(group), key))
+    most = max(UNIT_BYTES, sum(file.stat.size for file in files) // MOST_UNITS)
+    for file in files:
+        kind = kind_of(file.path) or "txt"  # the standard library's .py files are text
+        if group and (kind != "txt" or held + file.stat.size > most):
+            units.append(_unit("txt", group, key))
             group, held = [], 0
         if kind == "txt":
-            group.append(path)
-            held += size
+            group.append(file)
+            held += file.stat.size
         else:
-            units.append(Unit(kind, (path,), key))
+            units.append(_unit(kind, [file], key))
     if group:
-        units.append(Unit("txt", tuple(group), key))
+        units.append(_unit("txt", group, key))
     return units
+
+
+def _unit(kind: str, files: list[File], key: str) -> Unit:
+    return Unit(kind, tuple(file.path for file in files), key, stats=tuple(file.stat for file in files))
 
 
 def _all_documents(unit: Unit) -> Iterator[str | BadLine]:
@@ -187,11 +151,21 @@ def _all_documents(unit: Unit) -> Iterator[str | BadLine]:
 
 
 def _text_file(path: str) -> str | BadLine:
-    data = Path(path).read_bytes()
+    with _open(path) as file:
+        data = file.read()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return BadLine(path, data.count(b"\n", 0, error.start) + 1, "not UTF-8")
+
+
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+    """The file's bytes as they are stored. Raises UserError where it cannot be opened."""
+    with reaching(path):
+        file: Any = place(path).open("rb")
+    with file:
+        yield file
 
 
 def _json_lines(path: str, kind: str, key: str) -> Iterator[str | BadLine]:
@@ -238,7 +212,7 @@ def _chunks(path: str, kind: str) -> Iterator[bytes]:
     if kind == "jsonl.zst":
         yield from _zstd_chunks(path)
         return
-    with open(path, "rb") if kind == "jsonl" else gzip.open(path, "rb") as file:
+    with _open(path) as stored, contextlib.nullcontext(stored) if kind == "jsonl" else gzip.open(stored) as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
 
@@ -248,7 +222,7 @@ def _zstd_chunks(path: str) -> Iterator[bytes]:
 
     # The library's own stream reader takes a cut file for a short one, so frames are followed to their end here.
     frame = None
-    with open(path, "rb") as file:
+    with _open(path) as file:
         while data := file.read(CHUNK_BYTES):
             while data:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
@@ -280,23 +254,38 @@ def _parquet(path: str, key: str) -> Iterator[str | BadLine]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if key not in file.schema_arrow.names:
-            raise UserError(f"{path}: no column {key!r}; --key should be one of {', '.join(file.schema_arrow.names)}")
-        number = 0
-        for batch in file.iter_batches(batch_size=256, columns=[key]):
-            for scalar in batch.column(0):
-                number += 1
-                try:
-                    value = scalar.as_py()
-                except UnicodeDecodeError:
-                    yield BadLine(path, number, "not UTF-8")
-                    continue
-                yield (
-                    value if isinstance(value, str) else BadLine(path, number, _why_not_text(value, f"column {key!r}"))
-                )
+        with _open(path) as stored:
+            file = pyarrow.parquet.ParquetFile(stored)
+            _check_column(path, file.schema_arrow, key)
+            number = 0
+            for batch in file.iter_batches(batch_size=256, columns=[key]):
+                for scalar in batch.column(0):
+                    number += 1
+                    try:
+                        value = scalar.as_py()
+                    except UnicodeDecodeError:
+                        yield BadLine(path, number, "not UTF-8")
+                        continue
+                    is_text = isinstance(value, str)
+                    yield value if is_text else BadLine(path, number, _why_not_text(value, f"column {key!r}"))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _check_column(path: str, schema: Any, key: str) -> None:
+    import pyarrow
+
+    def is_text(kind: Any) -> bool:
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        return kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+
+    if key not in schema.names:
+        raise UserError(f"{path}: no column {key!r}; --key should be one of {', '.join(schema.names)}")
+    kind = schema.field(key).type
+    if not is_text(kind) and not pyarrow.types.is_null(kind):
+        others = [field.name for field in schema if is_text(field.type)]
+        remedy = f"--key should be one of {', '.join(others)}" if others else "no column of it holds text"
+        raise UserError(f"{path}: column {key!r} holds {kind}, not text; {remedy}")
 
 
 def _hub_parts(given: str) -> tuple[str, str | None, str]:

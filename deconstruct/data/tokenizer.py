@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
+from etils import epath
+
+from deconstruct.data.manifest import Manifest
 from deconstruct.data.sample import Sample
+from deconstruct.paths import place, write_whole
 from deconstruct.types import UserError
 
 SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
@@ -48,11 +52,11 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | os.PathLike[str]) -> epath.Path:
         """Writes the tokenizer's file into the folder, byte for byte; returns its path."""
-        path = Path(folder) / self.file_name
+        path = place(folder) / self.file_name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._data)
+        write_whole(path, self._data)
         return path
 
 
@@ -131,29 +135,59 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-def load(path: str | Path) -> Tokenizer:
+def load(path: str | os.PathLike[str], sha256: str | None = None, of: str = "") -> Tokenizer:
     """A tokenizer from its file (.model or .json) or from a folder it was saved in.
 
-    Raises UserError where there is none or the file is not one.
+    `sha256`: of the file that is meant; of a folder's files the one that has it is read. `of` says whose hash it is.
+    Raises UserError where there is none, the file is not one, or none is the one that is meant.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        names = (SentencePieceTokenizer.file_name, JsonTokenizer.file_name)
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: no tokenizer in this folder; it should hold {' or '.join(names)}")
-        path = found[0]
+    found = place(path)
+    tokenizer = _from_folder(found, sha256) if found.is_dir() else _load_file(found)
+    if sha256 is not None and tokenizer.fingerprint != sha256:
+        raise UserError(
+            f"{path}: not the tokenizer of {of} (its sha256 is {tokenizer.fingerprint[:12]}, that one's "
+            f"{sha256[:12]}); put that one there"
+        )
+    return tokenizer
+
+
+def of_prepared(folder: str | os.PathLike[str], manifest: Manifest) -> Tokenizer:
+    """The tokenizer of a prepared folder: the file that its manifest names, and no other that may lie beside it."""
+    named = manifest.tokenizer
+    tokenizer = load(place(folder) / named["file"], named["sha256"], f"{folder}/manifest.json")
+    if (tokenizer.vocab_size, tokenizer.end_of_text) != (named["vocab_size"], named["end_of_text"]):
+        raise UserError(
+            f"{folder}/manifest.json: vocab_size={named['vocab_size']} and end_of_text={named['end_of_text']} are not "
+            f"its tokenizer's, {tokenizer.vocab_size} and {tokenizer.end_of_text}"
+        )
+    return tokenizer
+
+
+def _from_folder(folder: epath.Path, sha256: str | None) -> Tokenizer:
+    names = (SentencePieceTokenizer.file_name, JsonTokenizer.file_name)
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{folder}: no tokenizer in this folder; it should hold {' or '.join(names)}")
+    meant = [path for path in found if hashlib.sha256(path.read_bytes()).hexdigest() == sha256]
+    return _load_file((meant or found)[0])
+
+
+def _load_file(path: epath.Path) -> Tokenizer:
     if path.suffix not in (".model", ".json"):
         raise UserError(f"{path}: unknown kind of tokenizer; the name should end in .model or .json")
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path.read_bytes(), str(path))
-    return JsonTokenizer(path.read_bytes(), str(path))
+        return SentencePieceTokenizer(path.read_bytes(), os.fspath(path))
+    return JsonTokenizer(path.read_bytes(), os.fspath(path))
 
 
 def train_sentencepiece(
-    documents: Iterable[str], vocab_size: int, folder: str | Path, sample_characters: int = 10_000_000, seed: int = 0
+    documents: Iterable[str],
+    vocab_size: int,
+    folder: str | os.PathLike[str],
+    sample_characters: int = 10_000_000,
+    seed: int = 0,
 ) -> Tokenizer:
     """Trains a byte-pair SentencePiece model of `vocab_size` ids and saves it in the folder.
 

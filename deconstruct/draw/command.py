@@ -116,11 +116,11 @@ def _read_maps(run_dir: Workdir, arguments: argparse.Namespace) -> tuple[list[st
     import jax
     import jax.numpy as jnp
 
-    from deconstruct.data import tokenizer
     from deconstruct.run.restore import restore_model
 
-    text = tokenizer.load(run_dir.tokenizer)
-    model = restore_model(run_dir.folder, run_dir.step(arguments.step))
+    step = run_dir.step(arguments.step)
+    text = run_dir.load_tokenizer(step)
+    model = restore_model(run_dir.folder, step)
     ids = text.encode(arguments.text)
     maps = jax.jit(lambda model, tokens: model.attention_maps(tokens))(model, jnp.array([ids]))
     return [text.decode([i]) for i in ids], [None if of_layer is None else np.asarray(of_layer[0]) for of_layer in maps]

@@ -22,7 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def report(workdir: str) -> str:
-    """Loss before and after, and validation perplexity beside what guessing by frequency would reach."""
+    """Loss before and after, and perplexity by text: of the validation text beside what guessing by frequency would
+    reach."""
     run_dir = Workdir(workdir)
     config = run_dir.read_config()
     logged = read_jsonl(run_dir.metrics)
@@ -43,9 +44,12 @@ def report(workdir: str) -> str:
         f"  unigram perplexity    {manifest.unigram_perplexity:.1f} (guessing by frequency, same validation text)",
     ]
     latest = max(r["step"] for r in evaluated)
-    for record in sorted((r for r in evaluated if r["step"] == latest), key=lambda r: r["context"]):
+    of_latest = [record for record in evaluated if record["step"] == latest]
+    for record in sorted(of_latest, key=lambda r: (r["text"] != "validation", r["text"], r["context"])):
+        text = record["text"].partition(":")[0]  # a file's has its hash behind the name
+        what = "validation perplexity" if text == "validation" else f"perplexity of {text}"
         lines.append(
-            f"  validation perplexity {record['value']:.1f} at context {record['context']} "
+            f"  {what:<21} {record['value']:.1f} at context {record['context']} "
             f"({record['text']}, {record['tokens']:,} tokens, step {latest})"
         )
     return "\n".join(lines)

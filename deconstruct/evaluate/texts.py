@@ -7,12 +7,13 @@ import hashlib
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from deconstruct.data import tokenizer
 from deconstruct.data.manifest import Manifest, load_manifest
 from deconstruct.data.pipeline import Windows
+from deconstruct.data.tokenizer import Tokenizer
 from deconstruct.evaluate.evaluation import Subject
+from deconstruct.paths import place, reaching
 from deconstruct.run import checkpoint
 from deconstruct.run.checkpoint import CheckpointGoneError
 from deconstruct.types import UserError
@@ -42,19 +43,35 @@ def read_text(subject: Subject, options: argparse.Namespace) -> tuple[np.ndarray
     if options.text and options.data:
         raise UserError(f"--data={options.data}: --text={options.text} is read instead; leave one of them out")
     stream, name = _file(subject, options.text) if options.text else _validation(subject, options.data)
+    vocabulary, greatest = subject.config.model.vocab_size, int(stream.max(initial=0))
+    if greatest >= vocabulary:
+        where = f"--text={options.text}" if options.text else f"--data={options.data or subject.config.data}"
+        raise UserError(f"{where}: its tokens go up to {greatest}, and the model has the ids 0 to {vocabulary - 1}")
     return (stream[: options.max_tokens + 1] if options.max_tokens else stream), name
 
 
 def _file(subject: Subject, file: str) -> tuple[np.ndarray, str]:
-    path = epath.Path(file)
+    path = place(file)
     if not path.exists():
         raise UserError(f"--text={path}: there is no such file")
-    content = path.read_bytes()
+    with reaching(path):
+        content = path.read_bytes()
     try:
-        tokens = tokenizer.load(subject.run_dir.tokenizer).encode(content.decode("utf-8"))
+        tokens = _tokenizer(subject).encode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"--text={path}: not UTF-8 at byte {error.start}") from error
     return np.array(tokens, np.int32), f"{path.name}:{hashlib.sha256(content).hexdigest()[:12]}"
+
+
+def _tokenizer(subject: Subject) -> Tokenizer:
+    """The one that the run is trained with, as its latest checkpoint says; before there is one, its data."""
+    latest = checkpoint.latest_step(subject.run_dir.checkpoints)
+    if latest is None:
+        return tokenizer.of_prepared(subject.config.data, load_manifest(subject.config.data))
+    try:
+        return subject.run_dir.load_tokenizer(latest)
+    except CheckpointGoneError:  # a later one has taken its place
+        return _tokenizer(subject)
 
 
 def _validation(subject: Subject, data: str | None) -> tuple[np.ndarray, str]:

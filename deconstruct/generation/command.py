@@ -11,9 +11,10 @@ from typing import Any
 
 from etils import epath
 
-from deconstruct.data import tokenizer
+from deconstruct.data.tokenizer import Tokenizer
 from deconstruct.distributed.mesh import parse_mesh
 from deconstruct.generation.generator import Generator, Request, Settings
+from deconstruct.paths import place, reaching, write_whole
 from deconstruct.run import extensions
 from deconstruct.run.restore import restore_model
 from deconstruct.run.workdir import Workdir
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
     run_dir = Workdir(arguments.workdir)
     step = run_dir.step(arguments.step)
-    text = tokenizer.load(run_dir.tokenizer)
+    text = run_dir.load_tokenizer(step)
     requests = list(_requests(arguments, settings, text))
     trust = extensions.trust(arguments)
     # Unrolled: a layer's cache is then an array of its own, updated in run_dir.
@@ -79,44 +80,77 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _requests(arguments: argparse.Namespace, settings: Settings, text: tokenizer.Tokenizer) -> Iterator[Request]:
+def _requests(arguments: argparse.Namespace, settings: Settings, text: Tokenizer) -> Iterator[Request]:
     for prompt, tokens in _prompts(arguments, text):
         for sample in range(settings.samples):
             yield Request(prompt, tokens, settings.seed + sample, sample)
 
 
-def _prompts(arguments: argparse.Namespace, text: tokenizer.Tokenizer) -> Iterator[tuple[str, list[int]]]:
+def _prompts(arguments: argparse.Namespace, text: Tokenizer) -> Iterator[tuple[str, list[int]]]:
     if arguments.prompt is not None:
         if not arguments.prompt:
             raise UserError("--prompt: the prompt is empty; give at least one character")
-        yield arguments.prompt, text.encode(arguments.prompt)
+        yield arguments.prompt, text.encode(_whole(arguments.prompt, "--prompt"))
         return
-    path = epath.Path(arguments.prompts)
-    if not path.exists():
-        raise UserError(f"--prompts={path}: there is no such file")
-    lines = path.read_text().splitlines()
+    path = place(arguments.prompts)
+    lines = _lines(path)
     if not lines:
         raise UserError(f"--prompts={path}: no prompt in it")
     for number, line in enumerate(lines, 1):
-        entry: Any = {"prompt": line}
+        where = f"{path}:{number}"
         if path.suffix == ".jsonl":
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
-        tokens = entry.get("tokens") if isinstance(entry, dict) else None
-        prompt = entry.get("prompt") if isinstance(entry, dict) else None
-        if isinstance(tokens, list) and tokens and all(isinstance(token, int) for token in tokens):
-            yield text.decode([token for token in tokens if 0 <= token < text.vocab_size]), tokens
-        elif isinstance(prompt, str) and prompt:
-            yield prompt, text.encode(prompt)
+            yield _entry(line, where, text)
+        elif line:
+            yield line, text.encode(line)
         else:
-            raise UserError(f"{path}:{number}: the prompt is empty; give text in `prompt`, or ids in `tokens`")
+            raise UserError(f"{where}: the prompt is empty; give text")
+
+
+def _lines(path: epath.Path) -> list[str]:
+    if not path.exists():
+        raise UserError(f"--prompts={path}: there is no such file")
+    with reaching(path):
+        data = path.read_bytes()
+    try:
+        lines = data.decode("utf-8-sig").split("\n")  # JSON may hold other ends of lines unescaped
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"--prompts={path}: line {line} is not UTF-8 (byte {error.start}); write it as UTF-8") from None
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def _entry(line: str, where: str, text: Tokenizer) -> tuple[str, list[int]]:
+    """The prompt in a line of JSON, and its ids."""
+    try:
+        entry: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from error
+    if not isinstance(entry, dict) or not ({"prompt", "tokens"} & entry.keys()):
+        raise UserError(f"{where}: expected an object with text in `prompt`, or ids in `tokens`")
+    if "tokens" in entry:
+        tokens = entry["tokens"]
+        if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
+            raise UserError(f"{where}: `tokens` should be a list of ids, such as [5, 17], with at least one")
+        return text.decode([token for token in tokens if 0 <= token < text.vocab_size]), tokens
+    prompt = entry["prompt"]
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: `prompt` is {type(prompt).__name__}, not text")
+    if not prompt:
+        raise UserError(f"{where}: the prompt is empty; give text in `prompt`, or ids in `tokens`")
+    return prompt, text.encode(_whole(prompt, where))
+
+
+def _whole(prompt: str, where: str) -> str:
+    """Raises UserError for half of a surrogate pair, which is what Python makes of bytes that are not UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: the prompt is not UTF-8 at character {error.start}; write it as UTF-8") from None
+    return prompt
 
 
 def _write(output: str, requests: Sequence[Request], step: int) -> None:
-    path = epath.Path(output)
-    temporary = path.with_name(path.name + ".tmp")
+    path = place(output)
     records = [
         {
             "prompt": request.prompt,
@@ -129,6 +163,6 @@ def _write(output: str, requests: Sequence[Request], step: int) -> None:
         }
         for request in requests
     ]
-    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    temporary.replace(path)
+    with reaching(path):
+        write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
     print(f"{len(records)} texts in {path}", file=sys.stderr)

@@ -89,13 +89,14 @@ def export_checkpoint(
         raise UserError(f"--dtype={dtype}: expected {' or '.join(PRECISIONS)}")
     run_dir, folder = Workdir(workdir), fresh_folder("--output", output)
     step = run_dir.step(step)
-    config = Config.from_dict(checkpoint.read_meta(run_dir.checkpoints, step)["config"])
+    meta = checkpoint.read_meta(run_dir.checkpoints, step)
+    config = Config.from_dict(meta["config"])
     extensions.load(run_dir, config, trust)
     groups = _groups(config)
     names = {name: entry for group in groups for name, entry in _entries(group, config, dtype).items()}
     described = {entry.name: array for entry, array in names.values()}
     source = Path(os.fspath(run_dir.tokenizer))
-    tokens = tokenizer_files.find(source)
+    tokens = tokenizer_files.find(source, meta["tokenizer"], f"the checkpoint of step {step}")
     with appearing(folder) as partial:
         files = write_safetensors(partial, described, _arrays(run_dir, step, groups, names), shard_bytes)
         write_json(partial / "config.json", _config_json(config, dtype, run_dir, tokens))

@@ -68,9 +68,9 @@ class Tensors:
 
 def _shards(folder: Path) -> dict[Path, list[str] | None]:
     """The files, and the tensors that an index expects in each; None, whatever it holds, where there is one file."""
-    if (folder / ONE_FILE).is_file():
+    if own_file(folder / ONE_FILE).is_file():
         return {folder / ONE_FILE: None}
-    if not (folder / INDEX).is_file():
+    if not own_file(folder / INDEX).is_file():
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
             raise UserError(
@@ -86,7 +86,7 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
     for shard in dict.fromkeys(names.values()):
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise UserError(f"{folder / INDEX}: {shard!r} is not the name of a safetensors file in this folder")
-        if not (folder / shard).is_file():
+        if not own_file(folder / shard).is_file():
             raise UserError(f"{folder / shard}: no such file, and {INDEX} names it")
         shards[folder / shard] = [name for name, place in names.items() if place == shard]
     return shards
@@ -158,6 +158,17 @@ def _header(described: dict[str, Array]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def own_file(path: Path) -> Path:
+    """The path of a file in a checkpoint folder. Raises UserError for a link that leads out of it: what it names is
+    read, and may be copied. In a cache of the Hub files are links to the `blobs` beside `snapshots`."""
+    if path.is_symlink():
+        folder, target = path.parent.resolve(), path.resolve()
+        blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+        if not target.is_relative_to(folder) and not target.is_relative_to(blobs):
+            raise UserError(f"{path}: a link to {target}, outside the checkpoint; copy that file here if it is meant")
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:

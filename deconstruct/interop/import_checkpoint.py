@@ -22,7 +22,7 @@ from deconstruct.config import Config
 from deconstruct.distributed.mesh import single_device_mesh
 from deconstruct.experiment import resolve
 from deconstruct.interop import tokenizer_files
-from deconstruct.interop.files import DTYPES, Tensors, appearing, fresh_folder, read_json, write_json
+from deconstruct.interop.files import DTYPES, Tensors, appearing, fresh_folder, own_file, read_json, write_json
 from deconstruct.interop.huggingface import (
     FIXED,
     OWN_KEY,
@@ -116,7 +116,7 @@ def import_checkpoint(
     folder, target = Path(checkpoint).expanduser(), fresh_folder("--workdir", workdir)
     if not folder.is_dir():
         raise UserError(f"--checkpoint={checkpoint}: there is no such folder")
-    hf = read_json(folder / "config.json")
+    hf = read_json(own_file(folder / "config.json"))
     tensors = Tensors(folder)
     origin = _origin(hf, tensors, str(folder / "config.json"), sequence_length)
     config = _configuration(origin, layout, variant, seed, ",".join(extension))

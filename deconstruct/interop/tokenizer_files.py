@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from deconstruct.data import tokenizer
 from deconstruct.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
-from deconstruct.interop.files import write_json
+from deconstruct.interop.files import own_file, write_json
 from deconstruct.types import UserError
 
 CARRIED = (
@@ -41,8 +41,17 @@ class Found(NamedTuple):
         return f"{carried}; {self.tokenizer.vocab_size:,} ids"
 
 
-def find(folder: Path) -> Found:
-    files = tuple(name for name in CARRIED if (folder / name).is_file())
+def find(folder: Path, sha256: str | None = None, of: str = "") -> Found:
+    """What there is of a tokenizer in a folder. `sha256`: of the one that is meant, and `of` says whose it is; then
+    another kind of tokenizer beside it is left out.
+
+    Raises UserError where only another one is there, and for links that lead out of the folder.
+    """
+    files = tuple(name for name in CARRIED if own_file(folder / name).is_file())
+    if sha256 and {"tokenizer.json", "tokenizer.model"} & set(files):
+        meant = tokenizer.load(folder, sha256, of)
+        others = {"tokenizer.json", "tokenizer.model"} - {meant.file_name}
+        return Found(meant, tuple(name for name in files if name not in others), "")
     try:
         return Found(tokenizer.load(folder), files, "")
     except UserError as error:

@@ -30,6 +30,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from deconstruct.paths import is_remote, place
 from deconstruct.types import UserError
 
 _MODEL, _TRAIN, _META = "model", "train", "meta"
@@ -278,7 +279,7 @@ def _nest(named: dict[Names, Any]) -> dict[str, Any]:
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.exists() else ():  # in a bucket an empty folder is none
         if re.fullmatch(r"\d+" + re.escape(_UNFINISHED) + ".*", path.name):
             _delete(path)
 
@@ -312,7 +313,8 @@ def _meta_file(folder: epath.Path, step: int) -> epath.Path:
 
 
 def _resolve(folder: Any) -> epath.Path:
-    return epath.Path(folder).resolve()  # Orbax wants absolute paths
+    path = place(folder)
+    return path if is_remote(path) else path.resolve()  # Orbax wants absolute paths; epath takes a bucket's for local
 
 
 def _line(error: BaseException) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from etils import epath
 
+from deconstruct.paths import is_remote
+
 
 def read_jsonl(path: epath.Path) -> list[dict[str, Any]]:
     """The complete lines of a file; none where there is no file. A last line torn by a crash is left out."""
@@ -45,8 +47,12 @@ def readable_jsonl(path: epath.Path, last_bytes: int | None = None) -> tuple[lis
 
 def append_jsonl(path: epath.Path, record: dict[str, Any]) -> None:
     """Adds one line, whole, and has it on disk when it returns."""
+    line = json.dumps(record) + "\n"
+    if is_remote(path):  # nothing can be added to an object in a bucket: it is written anew
+        path.write_text((path.read_text() if path.exists() else "") + line)
+        return
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(line)
         file.flush()
 
 

@@ -14,19 +14,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from typing import Any
-
-from etils import epath
+from typing import TYPE_CHECKING, Any
 
 from deconstruct.config import Config
+from deconstruct.paths import place
 from deconstruct.types import UserError
+
+if TYPE_CHECKING:
+    from deconstruct.data.tokenizer import Tokenizer
 
 
 class Workdir:
     """The names inside a workdir."""
 
     def __init__(self, folder: os.PathLike[str] | str):
-        self.folder = epath.Path(folder)
+        if os.fspath(folder).startswith("s3://"):
+            raise UserError(
+                f"--workdir={folder}: Orbax keeps checkpoints in files or in gs://, not in s3://; mount the bucket, or "
+                "copy the folder to and from it"
+            )
+        self.folder = place(folder)
         self.checkpoints = self.folder / "checkpoints"
         self.config_file = self.folder / "config.json"
         self.metrics = self.folder / "metrics.jsonl"
@@ -58,6 +65,14 @@ class Workdir:
             raise UserError(f"{self.config_file}: holds no configuration, but {json.dumps(values)[:40]}")
         return values
 
+    def load_tokenizer(self, step: int) -> Tokenizer:
+        """The tokenizer that the checkpoint of a step was trained with. Raises UserError where another lies there."""
+        from deconstruct.data import tokenizer
+        from deconstruct.run import checkpoint
+
+        sha256 = checkpoint.read_meta(self.checkpoints, step)["tokenizer"]
+        return tokenizer.load(self.tokenizer, sha256 or None, f"the checkpoint of step {step}")
+
     def step(self, step: int | None) -> int:
         """`step`, or the latest that is saved. Raises UserError where there is none."""
         from deconstruct.run import checkpoint  # Orbax and JAX, which reading a run's folder does not need
@@ -72,9 +87,9 @@ class Workdir:
 
 def find_workdirs(folders: Iterable[str]) -> list[Workdir]:
     """The workdirs that some folders are, or hold, each once. Raises UserError for a folder without any."""
-    found: dict[epath.Path, None] = {}
+    found: dict[Any, None] = {}
     for folder in folders:
-        path = epath.Path(folder)
+        path = place(folder)
         if not path.is_dir():
             raise UserError(f"{folder}: there is no such folder")
         inside = [p for p in (path, *sorted(path.iterdir())) if Workdir(p).config_file.exists()]

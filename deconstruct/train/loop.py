@@ -165,6 +165,7 @@ class Run:
         if meta is not None:
             check_same_run(config, meta, manifest.fingerprint, manifest.tokenizer["sha256"])
         _check_code(config)
+        self.tokenizer = tokenizer.of_prepared(config.data, manifest)
         # A new run chooses its fixed text, and so does one that starts from an imported checkpoint without any.
         chooses = meta is None or (meta["data"] is None and "frozen/fixed" in meta["drawn"])
         self.fixed_tokens = self._fixed_tokens() if chooses else None
@@ -236,7 +237,7 @@ class Run:
         config, latest, meta = self.config, self.latest, self.meta
         if runtime.is_main():
             extensions.keep(self.run_dir, config.model.layers)
-            tokenizer.load(epath.Path(config.data) / "tokenizer").save(self.run_dir.tokenizer)
+            self.tokenizer.save(self.run_dir.tokenizer)
             self.run_dir.write_config(config)  # last: an evaluator waits for it
         if latest is None or meta is None:
             return self.spec.init(self.fixed_tokens), 0
@@ -257,7 +258,7 @@ class Run:
             if not epath.Path(model.fixed_text).exists():
                 raise UserError(f"config.model.fixed_text={model.fixed_text}: there is no such file")
             text = epath.Path(model.fixed_text).read_text()
-            tokens = tokenizer.load(epath.Path(self.config.data) / "tokenizer").encode(text)[: model.fixed_length]
+            tokens = self.tokenizer.encode(text)[: model.fixed_length]
             where = f"config.model.fixed_text={model.fixed_text}"
         else:
             tokens = list(pipeline.tokens_at(self.config.data, model.fixed_length))

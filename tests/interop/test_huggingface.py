@@ -387,3 +387,28 @@ def test_tokenizer_files_are_carried(standard, export, tmp_path):
     made.save(str(export / "tokenizer.json"))
     with pytest.raises(UserError, match="its tokenizer has 301 ids, but the model only vocab_size=261"):
         import_checkpoint(export, tmp_path / "third")
+
+
+def test_links_that_lead_out_are_not_followed(export, tmp_path):
+    """A stranger's folder: what its links name would be read, and the tokenizer's files be copied into the workdir."""
+    secret = tmp_path / "secret.json"
+    secret.write_text(json.dumps({"model_type": "secret"}))
+    for name in ("tokenizer.json", "chat_template.jinja", "config.json", TENSORS):
+        own = (export / name).read_bytes() if (export / name).exists() else None
+        (export / name).unlink(missing_ok=True)
+        (export / name).symlink_to(secret)
+        assert_refused(export, tmp_path, f"{name}: a link to .*secret.json, outside the checkpoint")
+        (export / name).unlink()
+        if own is not None:
+            (export / name).write_bytes(own)
+
+
+def test_links_within_a_cache_of_the_hub(export, tmp_path):
+    snapshot, blobs = tmp_path / "models--a" / "snapshots" / "1234", tmp_path / "models--a" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in export.iterdir():
+        shutil.copyfile(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    import_checkpoint(snapshot, tmp_path / "workdir")
+    assert (tmp_path / "workdir" / "config.json").exists()
