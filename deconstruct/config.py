@@ -122,6 +122,15 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FaultsConfig:
+    """What is done about updates that are not finite, spikes, and a run that no longer gets on."""
+
+    in_a_row: int = 8  # updates skipped one after the other that end the run
+    spike: float = 0.0  # also skip an update larger than so many times the mean of the last 128; 0: none
+    no_step_for: int = 1800  # seconds without a step that end the process, its stacks in the workdir; 0: wait for ever
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A run. `experiment.load_config` makes one from a config file."""
 
@@ -143,6 +152,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     # The files outside the package that define its layers, each NAME:SHA256; not a key of a config file.
     code: tuple[str, ...] = dataclasses.field(default=(), metadata={"derived": True})
 
@@ -352,6 +362,10 @@ def _check_values(config: Config) -> None:
     keep, period = config.checkpoint.keep, config.checkpoint.keep_period
     require(keep >= 1, "checkpoint.keep", keep, "must be at least 1")
     require(period >= 0, "checkpoint.keep_period", period, "must not be negative")
+    faults = config.faults
+    require(faults.in_a_row >= 1, "faults.in_a_row", faults.in_a_row, "must be at least 1")
+    require(faults.spike == 0 or faults.spike > 1, "faults.spike", faults.spike, "must be more than 1, or 0: none")
+    require(faults.no_step_for >= 0, "faults.no_step_for", faults.no_step_for, "must not be negative")
 
 
 def _divisors(number: int, near: int) -> str:

@@ -89,6 +89,7 @@ class Batches:
 
     def __init__(self, source: _Steps, start_step: int, threads: int, prefetch: int):
         self.step = start_step
+        self._source = source
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         self._batches = iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
@@ -99,6 +100,11 @@ class Batches:
         batch = next(self._batches)
         self.step += 1
         return batch
+
+    def of_step(self, step: int) -> tuple[list[int], np.ndarray]:
+        """Which windows the batch of a step from the first on is made of, and their rows, read again."""
+        windows = self._source.windows_of(step)
+        return windows, self._source.read(windows)
 
     def close(self) -> None:
         """Ends the threads; a second call does nothing."""
@@ -158,14 +164,19 @@ class _Steps:
         return ENDLESS
 
     def __getitem__(self, index: SupportsIndex) -> np.ndarray:
-        step = self._start + index.__index__()
+        return self.read(self.windows_of(self._start + index.__index__()))
+
+    def read(self, windows: list[int]) -> np.ndarray:
+        return self._windows.read(windows)
+
+    def windows_of(self, step: int) -> list[int]:
         first = step * self._batch_size + self._offset
         windows = len(self._windows)
         chosen = []
         for position in range(first, first + self._size):
             epoch, place = divmod(position, windows)
             chosen.append(index_shuffle(place, windows - 1, self._epoch_seed(epoch), SHUFFLE_ROUNDS))
-        return self._windows.read(chosen)
+        return chosen
 
 
 def _epoch_seed(name: str, epoch: int) -> int:

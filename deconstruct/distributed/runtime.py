@@ -1,15 +1,10 @@
-"""The processes of a run: how they find each other and check that all is there, and how a request to stop reaches all
-of them at the same step."""
+"""The processes of a run: how they find each other, and check that all is there."""
 
 from __future__ import annotations
 
 import argparse
-import signal
-import threading
-from types import FrameType
 
 import jax
-from jax.experimental import multihost_utils
 
 from deconstruct.distributed.agreement import agree, limit_waiting, told_to_the_others
 from deconstruct.distributed.cluster import find_place
@@ -86,25 +81,3 @@ def start(arguments: argparse.Namespace) -> None:
 def is_main() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
-
-
-class StopSignal:
-    """SIGTERM, seen by every process at one and the same step.
-
-    Alone, a handler sets a flag. In a cluster JAX's preemption service agrees on a step that all processes reach; it
-    must be asked at every step.
-    """
-
-    def __init__(self) -> None:
-        self._received = threading.Event()
-        self._alone = jax.process_count() == 1
-        if self._alone and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received.set()
-
-    def reached(self, step: int) -> bool:
-        if self._alone:
-            return self._received.is_set()
-        return multihost_utils.reached_preemption_sync_point(step)

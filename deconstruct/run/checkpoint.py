@@ -3,8 +3,10 @@
 One folder per step, `FOLDER/STEP`, appears at once when everything in it is on disk:
 
     STEP/model/           an Orbax tree: parameters and frozen arrays
-    STEP/train/           an Orbax tree: optimizer state, step, rng
-    STEP/meta/data.json   what the arrays are: configuration, layout, tokenizer hash, data fingerprint, ...
+    STEP/train/           an Orbax tree: optimizer state, step, what was skipped
+    STEP/meta/data.json   what the arrays are: configuration, layout, tokenizer hash, data fingerprint, ...; and the
+                          checksums of all arrays, and of itself
+    STEP.damaged/         one that could not be read, set aside; nothing reads it, and nothing deletes it
 
 Arrays are addressed by names alone (`layers/3/mixer/query`): containers become nested dicts on disk, so empty
 ones leave no trace, and a reader may ask for some of the names. Shardings are always the reader's, never the
@@ -17,6 +19,7 @@ retired checkpoints file by file in place, so that a crash leaves a half-deleted
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -31,6 +34,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from deconstruct.paths import is_remote, place
+from deconstruct.run.checksums import checksums
 from deconstruct.types import UserError
 
 _MODEL, _TRAIN, _META = "model", "train", "meta"
@@ -40,11 +44,20 @@ _log = logging.getLogger(__name__)
 
 Names = tuple[str, ...]
 _NO_LONGER_SAVED = frozenset({("rng",)})
+_CHECKSUMS, _SHA256 = "checksums", "sha256"  # what `save` adds to the meta
 Result = TypeVar("Result")
 
 
 class CheckpointGoneError(UserError):
     """The step is not in the folder: never saved, not finished, or deleted (also: while it was being read)."""
+
+
+class CheckpointDamagedError(UserError):
+    """The step is there and finished, and is not what was saved. The message says where."""
+
+
+class NotFiniteError(FloatingPointError):
+    """There is something to save that is not a number. The message names the array."""
 
 
 class CheckpointSaveError(RuntimeError):
@@ -98,15 +111,18 @@ class Checkpoints:
         is waited for first, so that at most one copy is held in memory. Returns False, and does nothing, when
         `step` is already saved. All processes must call it, at the same step.
 
-        Raises CheckpointSaveError for an earlier save that failed in the background, or for this one.
+        Raises CheckpointSaveError for an earlier save that failed in the background, or for this one, and
+        NotFiniteError, with nothing written, where an array holds a NaN or an infinity.
         """
         self.wait()
         if step in self._steps:
             return False
-        items = {_MODEL: _nest(_named(model)), _TRAIN: _nest(_named(train)), _META: json.loads(json.dumps(meta))}
-        empty = [name for name in (_MODEL, _TRAIN) if not items[name]]
+        named = {_MODEL: _named(model), _TRAIN: _named(train)}
+        empty = [item for item in named if not named[item]]
         if empty:
             raise ValueError(f"checkpoint {step}: there are no arrays in '{empty[0]}'")
+        said = _signed(meta, {item: _checksums(step, item, arrays) for item, arrays in named.items()})
+        items = {**{item: _nest(arrays) for item, arrays in named.items()}, _META: said}
         try:
             with self._context:
                 # The step is not finished, so what may stand in its place is a ruin.
@@ -115,6 +131,15 @@ class Checkpoints:
             raise self._failure(step, error) from error
         self._pending = step, self._thread.submit(self._finish, saving, self._retired_by(step))
         return True
+
+    def set_aside(self, step: int) -> None:
+        """Takes a finished step out of the folder's checkpoints, as STEP.damaged, for somebody to look at."""
+        if jax.process_index() == 0:
+            aside = self._folder / f"{step}.damaged"
+            if aside.exists():
+                _delete(aside)
+            (self._folder / str(step)).rename(aside)
+        self._steps.discard(step)
 
     def check_errors(self) -> None:
         """Raises CheckpointSaveError if the latest save failed in the background. Cheap: call it every step."""
@@ -171,9 +196,40 @@ def latest_step(folder: Any) -> int | None:
 
 
 def read_meta(folder: Any, step: int) -> dict[str, Any]:
-    """The `meta` saved with `step`. Raises CheckpointGoneError, or UserError if it is damaged."""
+    """The `meta` saved with `step`. Raises CheckpointGoneError, or CheckpointDamagedError."""
+    return _read_meta(folder, step)[0]
+
+
+def _read_meta(folder: Any, step: int) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+    """The meta of `step` as it was given to `save`, and the checksums of the arrays by item and name."""
     folder = _require(folder, step)
-    return _reading(folder, step, lambda: json.loads(_meta_file(folder, step).read_text()))
+    found = _reading(folder, step, lambda: json.loads(_meta_file(folder, step).read_text()))
+    signed = isinstance(found, dict) and _SHA256 in found  # if not: of a version that wrote no checksums
+    if not isinstance(found, dict) or found.get("step", step if signed else None) != step:
+        raise _damaged(folder, step, f"{_META}/data.json does not speak of step {step}")
+    if not signed:
+        return found, {}
+    if found.pop(_SHA256) != _sha256(found):
+        raise _damaged(folder, step, f"{_META}/data.json is not what was saved (its checksum)")
+    return found, found.pop(_CHECKSUMS)
+
+
+def _signed(meta: dict[str, Any], sums: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """The meta as it is written: as JSON has it, with the checksums of the arrays and its own."""
+    said = {**json.loads(json.dumps(meta)), _CHECKSUMS: sums}
+    return {**said, _SHA256: _sha256(said)}
+
+
+def _sha256(said: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(step: int, item: str, arrays: dict[Names, Any]) -> dict[str, int]:
+    sums, finite = checksums(list(arrays.values()))
+    for names, is_finite in zip(arrays, finite, strict=True):
+        if not is_finite:
+            raise NotFiniteError(f"checkpoint {step} was not saved: {item}/{'/'.join(names)} is not finite")
+    return {"/".join(names): value for names, value in zip(arrays, sums, strict=True)}
 
 
 def load_model(folder: Any, step: int, abstract: Any, *, partial: bool = False) -> Any:
@@ -182,23 +238,33 @@ def load_model(folder: Any, step: int, abstract: Any, *, partial: bool = False) 
     `abstract` is a pytree of jax.ShapeDtypeStruct, each with a sharding (on any devices). It must name every saved
     array, unless `partial`: then only what it names is read. All processes that share the arrays must call it.
 
-    Raises CheckpointGoneError if the step is not there (any more), and UserError, naming the array, if names, shapes or
-    dtypes differ, or naming the folder if the checkpoint is damaged.
+    Raises CheckpointGoneError if the step is not there (any more), UserError, naming the array, if names, shapes or
+    dtypes differ, and CheckpointDamagedError if the checkpoint cannot be read, or an array is not the one that was
+    saved.
     """
     return _load(folder, step, _MODEL, abstract, partial)
 
 
-def load_train(folder: Any, step: int, abstract: Any) -> Any:
-    """The "train" arrays of `step`; as `load_model`, and always whole, but for what only earlier versions saved."""
-    return _load(folder, step, _TRAIN, abstract, partial=False, dropped=_NO_LONGER_SAVED)
+def load_train(folder: Any, step: int, abstract: Any, may_lack: str = "") -> Any:
+    """The "train" arrays of `step`; as `load_model`, and always whole, but for what only earlier versions saved.
+
+    may_lack: a name at the top of `abstract` that earlier versions did not save; None stands for each of its arrays.
+    """
+    return _load(folder, step, _TRAIN, abstract, partial=False, dropped=_NO_LONGER_SAVED, may_lack=may_lack)
 
 
 def _load(
-    folder: Any, step: int, item: str, abstract: Any, partial: bool, dropped: frozenset[Names] = frozenset()
+    folder: Any,
+    step: int,
+    item: str,
+    abstract: Any,
+    partial: bool,
+    dropped: frozenset[Names] = frozenset(),
+    may_lack: str = "",
 ) -> Any:
     folder = _require(folder, step)
     path = folder / str(step)
-    wanted = _named(abstract)
+    asked = wanted = _named(abstract)
     for names, leaf in wanted.items():
         if getattr(leaf, "sharding", None) is None:
             raise TypeError(f"{'/'.join(names)}: a sharding is needed to load it, and {leaf} has none")
@@ -206,6 +272,8 @@ def _load(
     if not saved:  # Orbax takes the description of the arrays for empty when it cannot be read; none is saved empty
         raise _damaged(folder, step, f"the description of '{item}' cannot be read")
     saved = {names: leaf for names, leaf in saved.items() if names not in dropped}
+    if may_lack and not any(names[0] == may_lack for names in saved):
+        wanted = {names: leaf for names, leaf in wanted.items() if names[0] != may_lack}
     _compare(f"{path}: '{item}'", wanted, saved, partial)
     if not wanted:
         return abstract
@@ -214,7 +282,19 @@ def _load(
     with context:
         nested = _reading(folder, step, lambda: ocp.load(path, _nest(wanted), checkpointable_name=item))
     loaded = _named(nested)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[names] for names in wanted])
+    _verify(folder, step, item, {names: loaded[names] for names in wanted})
+    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded.get(names) for names in asked])
+
+
+def _verify(folder: epath.Path, step: int, item: str, loaded: dict[Names, Any]) -> None:
+    """Raises CheckpointDamagedError, naming the array, for one that is not what was saved."""
+    saved = _read_meta(folder, step)[1].get(item)
+    if saved is None:
+        return  # of a version that wrote none
+    sums, _ = checksums(list(loaded.values()))
+    for names, found in zip(loaded, sums, strict=True):
+        if saved.get("/".join(names)) != found:
+            raise _damaged(folder, step, f"{item}/{'/'.join(names)} is not what was saved (its checksum)")
 
 
 def _compare(where: str, wanted: dict[Names, Any], saved: dict[Names, Any], partial: bool) -> None:
@@ -244,9 +324,11 @@ def _reading(folder: epath.Path, step: int, read: Callable[[], Result]) -> Resul
         raise _damaged(folder, step, _line(error)) from error
 
 
-def _damaged(folder: epath.Path, step: int, why: str) -> UserError:
+def _damaged(folder: epath.Path, step: int, why: str) -> CheckpointDamagedError:
     _require(folder, step)  # if it was deleted meanwhile, that is why
-    return UserError(f"{folder / str(step)} is damaged: {why}")
+    earlier = [s for s in finished_steps(folder) if s < step]
+    remedy = f"the one before is step {earlier[-1]}" if earlier else "there is none before it"
+    return CheckpointDamagedError(f"{folder / str(step)} is damaged: {why}; {remedy}")
 
 
 def _require(folder: Any, step: int) -> epath.Path:

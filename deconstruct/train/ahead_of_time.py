@@ -20,7 +20,8 @@ def lower_step(config: Config, spec: StateSpec, mesh: jax.sharding.Mesh) -> jax.
 
 def trace_step(config: Config, spec: StateSpec, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
     """The same before it is lowered."""
-    step = make_step(spec.graphdef, make_optimizer(config), make_schedule(config), config.accumulation)
+    schedule, spike = make_schedule(config), config.faults.spike
+    step = make_step(spec.graphdef, make_optimizer(config), schedule, config.accumulation, spike)
     border = None if config.border_loss else config.model.end_of_text
     shape = (config.batch_size, config.sequence_length + 1)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.sharding.NamedSharding(mesh, batch_spec()))

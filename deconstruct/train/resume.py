@@ -12,6 +12,7 @@ from deconstruct.config import Config
 from deconstruct.model.restack import to_segments
 from deconstruct.run import checkpoint
 from deconstruct.run.checkpoint import Checkpoints
+from deconstruct.train.guard import new_guard
 from deconstruct.train.state import StateSpec, TrainState, running_form, saved_form
 from deconstruct.types import UserError
 
@@ -105,7 +106,11 @@ class RunCheckpoints:
         return self._begin(model)
 
     def restore(self, step: int) -> TrainState:
-        model, train = self._abstract
-        return self._running_form(
-            checkpoint.load_model(self._folder, step, model), checkpoint.load_train(self._folder, step, train)
+        """Raises CheckpointDamagedError where what is there is not what was saved."""
+        model, train = (
+            checkpoint.load_model(self._folder, step, self._abstract[0]),
+            checkpoint.load_train(self._folder, step, self._abstract[1], may_lack="guard"),
         )
+        if train["guard"].skipped is None:  # of a version that skipped nothing
+            train["guard"] = new_guard()
+        return self._running_form(model, train)

@@ -16,15 +16,18 @@ from deconstruct.model.language_model import LanguageModel, init_options
 from deconstruct.model.placement import abstract_arrays, split_model
 from deconstruct.model.restack import to_layers, to_segments
 from deconstruct.plan import Plan
+from deconstruct.train.guard import new_guard
 
 
 class TrainState(NamedTuple):
-    """`step` is the number of completed updates. Holds arrays, or their shapes and shardings."""
+    """`step` is the number of completed updates, with those that were skipped. Holds arrays, or their shapes and
+    shardings."""
 
     step: Any  # int32 []
     params: Any  # nested dicts of float32 arrays
     frozen: Any  # constants of the model
     opt_state: Any
+    guard: Any  # what was skipped: a Guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ def make_state_spec(config: Config, optimizer: optax.GradientTransformation, mes
         return begin(params, frozen)
 
     def begin(params: Any, frozen: Any) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), new_guard())
 
     # Moments have the shapes of the parameters and take their shardings; counters are replicated.
     opt_state = optax.tree_map_params(
@@ -68,6 +71,9 @@ def make_state_spec(config: Config, optimizer: optax.GradientTransformation, mes
         params=params,
         frozen=frozen,
         opt_state=opt_state,
+        guard=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(new_guard)
+        ),
     )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return StateSpec(
@@ -81,7 +87,7 @@ def make_state_spec(config: Config, optimizer: optax.GradientTransformation, mes
 def saved_form(state: TrainState, plan: Plan) -> tuple[Any, Any]:
     """The state (or its abstract form) as it is saved: the model's part and the trainer's, layers by index."""
     model = {"params": to_layers(state.params, plan), "frozen": state.frozen}
-    return model, {"step": state.step, "opt_state": to_layers(state.opt_state, plan)}
+    return model, {"step": state.step, "opt_state": to_layers(state.opt_state, plan), "guard": state.guard}
 
 
 def running_form(model: Any, train: Any, plan: Plan) -> TrainState:
@@ -91,4 +97,5 @@ def running_form(model: Any, train: Any, plan: Plan) -> TrainState:
         params=to_segments(model["params"], plan),
         frozen=model["frozen"],
         opt_state=to_segments(train["opt_state"], plan),
+        guard=train["guard"],
     )

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from deconstruct.distributed.sharding import constrain
+from deconstruct.train.guard import judge
 from deconstruct.train.state import TrainState
 
 Step = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
@@ -27,11 +28,19 @@ def batch_of(rows: jax.Array, border: int | None = None) -> dict[str, jax.Array]
 
 
 def make_step(
-    graphdef: Any, optimizer: optax.GradientTransformation, schedule: optax.Schedule, accumulation: int = 1
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulation: int = 1,
+    spike: float = 0.0,
 ) -> Step:
     """The step of a model. Loss = sum of token losses / sum of weights over the whole batch, over all microbatches.
 
-    Metrics are device scalars: loss, grad_norm (before clipping), learning_rate, tokens (weighted targets).
+    An update that `guard.judge` finds bad is not made; with `spike` of 0 only those that are not finite are. The
+    schedule counts the updates that were made.
+
+    Metrics are device scalars: loss, grad_norm (before clipping), learning_rate, tokens (weighted targets), skipped and
+    in_a_row (updates not made: in all, and the last ones), and with `spike` update_norm (over the learning rate).
     """
 
     def loss_sum(params: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -57,13 +66,17 @@ def make_step(
         scale = 1.0 / jnp.maximum(total, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {
-            "loss": loss * scale,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(state.step),
-            "tokens": total,
-        }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+        rate = schedule(state.step - state.guard.skipped)
+        metrics = {"loss": loss * scale, "grad_norm": optax.tree.norm(grads), "learning_rate": rate, "tokens": total}
+        if spike:
+            metrics["update_norm"] = optax.tree.norm(updates) / jnp.maximum(rate, jnp.finfo(jnp.float32).tiny)
+        good, guard = judge(state.guard, loss, metrics["grad_norm"], metrics.get("update_norm"), spike)
+
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+        params = kept(optax.apply_updates(state.params, updates), state.params)
+        after = TrainState(state.step + 1, params, state.frozen, kept(opt_state, state.opt_state), guard)
+        return after, {**metrics, "skipped": guard.skipped, "in_a_row": guard.in_a_row}
 
     return step
