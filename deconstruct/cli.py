@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
 import sys
 from typing import NoReturn
 
-from deconstruct.types import PeerError, UserError
+from deconstruct.types import RunError, UserError
 
 # Verb -> (module with add_arguments(parser) and run(arguments) -> exit status, what it does).
 VERBS = {
@@ -33,7 +34,7 @@ VERBS = {
     "draw": ("deconstruct.draw.command", "draw attention maps and training losses of runs"),
     "bench": ("deconstruct.bench.command", "measure the speed of training and decoding, alone or beside transformers"),
 }
-USER_ERROR, FAILURE = 2, 1
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,8 +58,10 @@ def main(words: list[str] | None = None) -> int:
             importlib.import_module(module).add_arguments(own)
     arguments = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("absl", "jax", "orbax", "asyncio"):
+    for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Of a save or a load that fails, it tells at length what the verb says in a line.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         if overrides and verb not in ("train", "describe", "compile"):
             raise UserError(f"{overrides[0]}: {verb} takes no --config.key=value")
@@ -66,12 +69,21 @@ def main(words: list[str] | None = None) -> int:
     except UserError as error:
         print(f"deconstruct {arguments.verb}: {error}", file=sys.stderr)
         return USER_ERROR
-    except (FloatingPointError, PeerError) as error:
+    except (FloatingPointError, RunError) as error:
         print(f"deconstruct {arguments.verb}: {error}", file=sys.stderr)
         return FAILURE
+    except KeyboardInterrupt:
+        print(f"deconstruct {arguments.verb}: interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # threads of the runtime may be at work, and taking it down under them can crash
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
+    except OSError as error:  # a full disk, a folder that cannot be written to, a file where a folder should be
+        if error.filename is None or error.errno is None:
+            raise
+        print(f"deconstruct {arguments.verb}: {error.filename}: {os.strerror(error.errno)}", file=sys.stderr)
+        return FAILURE if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else USER_ERROR
     except Exception as error:
         if not _out_of_memory(error):
             raise

@@ -31,7 +31,7 @@ import psutil
 from etils import epath
 
 from deconstruct.duration import clock
-from deconstruct.types import UserError
+from deconstruct.types import RunError, UserError
 
 BEAT = 10.0  # seconds between two signs of life
 SILENT = 60.0  # seconds without one after which a holder that cannot be looked at is dead; NFS shows a file that late
@@ -42,7 +42,7 @@ _WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 log = logging.getLogger(__name__)
 
 
-class LockLostError(RuntimeError):
+class LockLostError(RunError):
     """The folder has another writer now, or none that is known: this one must not go on."""
 
 

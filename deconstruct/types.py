@@ -14,10 +14,15 @@ class UserError(ValueError):
     """
 
 
-class PeerError(RuntimeError):
-    """Another process of the run is missing, or has failed. The message is one line and names it.
+class RunError(RuntimeError):
+    """What went wrong around a run through no mistake of the user's: a save that failed, a workdir taken over.
 
-    The command line prints it without a traceback and exits with status 1.
+    The command line prints the message without a traceback and exits with status 1.
+    """
+
+
+class PeerError(RunError):
+    """Another process of the run is missing, or has failed. The message is one line and names it.
     """
 
 

@@ -82,7 +82,7 @@ def _curves(runs: list[Workdir], names: list[str]) -> Any:
 
     curves = {}
     for name, run_dir in zip(names, runs, strict=True):
-        curves[name] = [(record["step"], record["loss"]) for record in read_jsonl(run_dir.metrics)]
+        curves[name] = [(r["step"], r["loss"]) for r in read_jsonl(run_dir.metrics) if r["loss"] is not None]
         if not curves[name]:
             raise UserError(f"--workdir={run_dir.folder}: no step is logged there yet")
     return draw_curves(curves)

@@ -6,7 +6,8 @@ One folder per step, `FOLDER/STEP`, appears at once when everything in it is on 
     STEP/train/           an Orbax tree: optimizer state, step, what was skipped
     STEP/meta/data.json   what the arrays are: configuration, layout, tokenizer hash, data fingerprint, ...; and the
                           checksums of all arrays, and of itself
-    STEP.damaged/         one that could not be read, set aside; nothing reads it, and nothing deletes it
+    STEP.damaged/         one that could not be read, set aside, and STEP.useless/, one from which no update could be
+                          made; nothing reads them, and nothing deletes them
 
 Arrays are addressed by names alone (`layers/3/mixer/query`): containers become nested dicts on disk, so empty
 ones leave no trace, and a reader may ask for some of the names. Shardings are always the reader's, never the
@@ -35,7 +36,7 @@ from orbax.checkpoint import v1 as ocp
 
 from deconstruct.paths import is_remote, place
 from deconstruct.run.checksums import checksums
-from deconstruct.types import UserError
+from deconstruct.types import RunError, UserError
 
 _MODEL, _TRAIN, _META = "model", "train", "meta"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder it has not finished
@@ -60,7 +61,7 @@ class NotFiniteError(FloatingPointError):
     """There is something to save that is not a number. The message names the array."""
 
 
-class CheckpointSaveError(RuntimeError):
+class CheckpointSaveError(RunError):
     """A checkpoint could not be written. The message names the step and the folder; `__cause__` says why."""
 
 
@@ -132,10 +133,15 @@ class Checkpoints:
         self._pending = step, self._thread.submit(self._finish, saving, self._retired_by(step))
         return True
 
-    def set_aside(self, step: int) -> None:
-        """Takes a finished step out of the folder's checkpoints, as STEP.damaged, for somebody to look at."""
+    @property
+    def steps(self) -> frozenset[int]:
+        """The finished steps in the folder."""
+        return frozenset(self._steps)
+
+    def set_aside(self, step: int, what: str) -> None:
+        """Takes a finished step out of the folder's checkpoints, as STEP.what, for somebody to look at."""
         if jax.process_index() == 0:
-            aside = self._folder / f"{step}.damaged"
+            aside = self._folder / f"{step}.{what}"
             if aside.exists():
                 _delete(aside)
             (self._folder / str(step)).rename(aside)
@@ -204,12 +210,13 @@ def _read_meta(folder: Any, step: int) -> tuple[dict[str, Any], dict[str, dict[s
     """The meta of `step` as it was given to `save`, and the checksums of the arrays by item and name."""
     folder = _require(folder, step)
     found = _reading(folder, step, lambda: json.loads(_meta_file(folder, step).read_text()))
-    signed = isinstance(found, dict) and _SHA256 in found  # if not: of a version that wrote no checksums
+    # Otherwise it is of a version that wrote no checksums.
+    signed = isinstance(found, dict) and (_SHA256 in found or _CHECKSUMS in found)
     if not isinstance(found, dict) or found.get("step", step if signed else None) != step:
         raise _damaged(folder, step, f"{_META}/data.json does not speak of step {step}")
     if not signed:
         return found, {}
-    if found.pop(_SHA256) != _sha256(found):
+    if found.pop(_SHA256, None) != _sha256(found):
         raise _damaged(folder, step, f"{_META}/data.json is not what was saved (its checksum)")
     return found, found.pop(_CHECKSUMS)
 

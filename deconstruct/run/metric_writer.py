@@ -27,7 +27,7 @@ class MetricWriter:
             if isinstance(value, dict):
                 for name, scalar in value.items():
                     self._events.add_scalar(f"{key}/{name}", scalar, step)
-            elif key != "step":
+            elif key != "step" and value is not None:  # a loss that was not finite
                 self._events.add_scalar(key, value, step)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ checkpoints/     one folder per saved step
 metrics.jsonl    one object per logged step; tensorboard/ holds the same
 eval.jsonl       one object per evaluated step, task and setting
 sessions.jsonl   when the run was started, saved and ended
+skipped.jsonl    updates that were not made, and what their batches were
 tokenizer/       the tokenizer of the training data
 extensions/      files of the user's own that define layers, if there are any
 """
@@ -39,6 +40,7 @@ class Workdir:
         self.metrics = self.folder / "metrics.jsonl"
         self.evaluations = self.folder / "eval.jsonl"
         self.sessions = self.folder / "sessions.jsonl"
+        self.skipped = self.folder / "skipped.jsonl"
         self.tokenizer = self.folder / "tokenizer"
         self.extensions = self.folder / "extensions"
 

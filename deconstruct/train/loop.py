@@ -10,16 +10,14 @@ import argparse
 import contextlib
 import hashlib
 import logging
-import math
 import os
-import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from deconstruct.attention.extensions import without_file
 from deconstruct.attention.trial import sees_the_future
@@ -32,22 +30,23 @@ from deconstruct.distributed import runtime
 from deconstruct.distributed.agreement import agree, told_to_the_others
 from deconstruct.distributed.mesh import check_batch
 from deconstruct.distributed.sharding import batch_spec
+from deconstruct.distributed.stop import StopSignal
+from deconstruct.distributed.watchdog import Watchdog
 from deconstruct.experiment import load_config
 from deconstruct.model.placement import mesh_for
-from deconstruct.run import checkpoint, extensions
+from deconstruct.run import extensions
 from deconstruct.run.checkpoint import Checkpoints
 from deconstruct.run.clock import Clock
-from deconstruct.run.metric_writer import MetricWriter
 from deconstruct.run.session import Session, session
 from deconstruct.run.workdir import Workdir
 from deconstruct.train.ahead_of_time import lower_step
 from deconstruct.train.optimizer import make_optimizer
-from deconstruct.train.progress import Progress
-from deconstruct.train.resume import RunCheckpoints, check_same_run, make_meta
+from deconstruct.train.report import Report, SkippedTooOftenError
+from deconstruct.train.resume import RunCheckpoints, check_same_run, latest_readable, make_meta
 from deconstruct.train.state import StateSpec, TrainState, make_state_spec
 from deconstruct.types import UserError
 
-STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM, to be run again
+STOPPED = 75  # EX_TEMPFAIL: saved after SIGTERM or Ctrl-C, to be run again
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train(config: Config, workdir: os.PathLike[str] | str) -> int:
-    """Trains to `config.steps`. Returns 0, or 75 where SIGTERM ended it early with a checkpoint saved.
+    """Trains to `config.steps`. Returns 0, or 75 where SIGTERM or Ctrl-C ended it early with a checkpoint saved.
 
-    Raises UserError for what the user can mend, FloatingPointError where the loss is no longer finite.
+    Raises UserError for what the user can mend, FloatingPointError where too many updates in a row were not finite (or
+    spikes), CheckpointSaveError where a checkpoint could not be written.
     """
     manifest = load_manifest(config.data)
     _check_data(config, manifest)
@@ -86,13 +86,14 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
         jax.config.update("jax_compilation_cache_dir", os.fspath(run_dir.folder / "compilation_cache"))
     keep_period = config.checkpoint.keep_period or None
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
         stack.enter_context(jax.set_mesh(mesh))
         run = Run(config, manifest, mesh, run_dir)  # a mistake of the user's ends here, before anything is written
         if run.is_done():
             return 0
         run_dir.folder.mkdir(parents=True, exist_ok=True)
         turn = stack.enter_context(session(run_dir, run.clock))
-        if latest_step_everywhere(run_dir) != run.latest:  # another trainer has saved more, and ended, meanwhile
+        if latest_readable(run_dir)[0] != run.latest:  # another trainer has saved more, and ended, meanwhile
             clock, run = run.clock, Run(config, manifest, mesh, run_dir)
             run.clock = clock
             if run.is_done():
@@ -100,7 +101,8 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
         writer = stack.enter_context(
             Checkpoints(run_dir.checkpoints, config.checkpoint_every, config.checkpoint.keep, keep_period)
         )
-        return run.train(writer, turn)
+        watchdog = stack.enter_context(Watchdog(config.faults.no_step_for, run_dir.folder))
+        return run.train(writer, turn, stop, watchdog)
 
 
 def _same_everywhere(config: Config, manifest: Manifest, run_dir: Workdir) -> dict[str, Any]:
@@ -142,15 +144,6 @@ def _check_causal(config: Config) -> None:
             )
 
 
-def latest_step_everywhere(run_dir: Workdir) -> int | None:
-    """The latest finished step as process 0 sees it: a shared file system may show the others an older listing."""
-    latest = checkpoint.latest_step(run_dir.checkpoints)
-    if jax.process_count() == 1:
-        return latest
-    agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if latest is None else latest)))
-    return None if agreed < 0 else agreed
-
-
 class Run:
     """One process's part in a run. Making it checks all that the user can have got wrong, and writes nothing."""
 
@@ -158,10 +151,9 @@ class Run:
         self.config, self.manifest, self.mesh, self.run_dir = config, manifest, mesh, run_dir
         self.clock = Clock()
         self.spec: StateSpec = make_state_spec(config, make_optimizer(config), mesh)
-        self.stop = runtime.StopSignal()
         self.rows = jax.sharding.NamedSharding(mesh, batch_spec())
-        self.latest = latest_step_everywhere(run_dir)
-        meta = self.meta = None if self.latest is None else checkpoint.read_meta(run_dir.checkpoints, self.latest)
+        self.latest, self.meta = latest_readable(run_dir)
+        meta = self.meta
         if meta is not None:
             check_same_run(config, meta, manifest.fingerprint, manifest.tokenizer["sha256"])
         _check_code(config)
@@ -186,7 +178,7 @@ class Run:
         log.info("step %d of config.steps=%d: nothing left to do", self.latest, self.config.steps)
         return True
 
-    def train(self, writer: Checkpoints, turn: Session) -> int:
+    def train(self, writer: Checkpoints, turn: Session, stop: StopSignal, watchdog: Watchdog) -> int:
         config = self.config
         checkpoints = RunCheckpoints(writer, self.run_dir.checkpoints, self.spec, config)
         state, first = self._start(checkpoints)
@@ -194,13 +186,15 @@ class Run:
             compiled = self.lowered.compile()
         agree("compiled", dict)  # from here on they wait for each other without a limit
         turn.begin(first)
-        metrics_out = MetricWriter(self.run_dir.folder, first) if runtime.is_main() else None
-        progress = Progress(first, config.steps)
         pending: tuple[int, dict[str, jax.Array]] | None = None
-        report = Report(self, metrics_out, progress, first)
+        owed = False  # a checkpoint that was due while updates were skipped
         status = 0
-        with contextlib.closing(progress), contextlib.closing(self._batches(first)) as batches:
+        with contextlib.ExitStack() as stack:
+            batches = stack.enter_context(contextlib.closing(self._batches(first)))
+            report = stack.enter_context(contextlib.closing(self._report(batches, first)))
+            stack.enter_context(self._useless_set_aside(writer))
             for step in range(first + 1, config.steps + 1):
+                watchdog.fed()
                 with self.clock.measure("data"):
                     rows = self._to_devices(next(batches))
                 with self.clock.measure("step"):
@@ -210,44 +204,64 @@ class Run:
                 pending = (step, metrics)
                 writer.check_errors()
                 turn.check()
-                stopping = self.stop.reached(step)
-                if writer.due(step) or step == config.steps or stopping:
+                stopping = stop.reached(self.mesh)
+                last = stopping or step == config.steps
+                if last or owed or writer.due(step):
                     with self.clock.measure("step"):
                         report(*pending)  # what is saved has been logged
                     pending = None
-                    with self.clock.measure("checkpoint"):
-                        checkpoints.save(step, state, self._meta(step))
-                    turn.save(step)
+                    owed = report.in_a_row > 0 and not last
+                    if not owed:
+                        with self.clock.measure("checkpoint"):
+                            checkpoints.save(step, state, self._meta(step))
+                        turn.save(step)
                 if stopping and step < config.steps:
                     status = STOPPED
                     break
-            if pending:
-                report(*pending)
         with self.clock.measure("checkpoint"):
             writer.wait()
-        if metrics_out:
-            metrics_out.close()
         turn.end(status, step)
         if status == STOPPED:
-            log.info("received SIGTERM: saved step %d; run the same command to go on", step)
+            log.info("saved step %d; run the same command to go on", step)
         return status
 
     def _start(self, checkpoints: RunCheckpoints) -> tuple[TrainState, int]:
         """The state to go on from, and the step it is at."""
-        config, latest, meta = self.config, self.latest, self.meta
+        config = self.config
         if runtime.is_main():
             extensions.keep(self.run_dir, config.model.layers)
             self.tokenizer.save(self.run_dir.tokenizer)
             self.run_dir.write_config(config)  # last: an evaluator waits for it
-        if latest is None or meta is None:
+        if self.latest is None or self.meta is None:
             return self.spec.init(self.fixed_tokens), 0
         with self.clock.measure("restore"):
-            if meta["data"] is None:  # imported: a model, and no optimizer state yet
-                state = checkpoints.begin(latest, self.fixed_tokens)
-            else:
-                state = checkpoints.restore(latest)
-        log.info("resuming from step %d", latest)
-        return state, latest
+            if self.meta["data"] is None:  # imported: a model, and no optimizer state yet
+                return checkpoints.begin(self.latest, self.fixed_tokens), self.latest
+            state, step = checkpoints.restore(self.latest)
+        log.info("resuming from step %d", step)
+        return state, step
+
+    def _report(self, batches: pipeline.Batches, first: int) -> Report:
+        return Report(
+            *(self.config, self.run_dir, self.clock, batches, first),
+            utilisation_per_rate=self.utilisation_per_rate,
+            writes=runtime.is_main(),
+        )
+
+    @contextlib.contextmanager
+    def _useless_set_aside(self, writer: Checkpoints) -> Iterator[None]:
+        """A state from which no update could be made is no checkpoint to go on from, though its numbers are finite."""
+        try:
+            yield
+        except SkippedTooOftenError as error:
+            writer.wait()
+            said = ""
+            if error.first - 1 in writer.steps:
+                writer.set_aside(error.first - 1, "useless")
+                said = f"; the checkpoint of step {error.first - 1}, where it began, is set aside"
+            left = max(writer.steps, default=None)
+            then = "there is no good one" if left is None else f"the latest good one is of step {left}"
+            raise FloatingPointError(f"{error}{said}; {then}; a lower config.learning_rate may help") from error
 
     def _fixed_tokens(self) -> jax.Array | None:
         """What the fixed_text stream reads: a file, or the first tokens of the training rows."""
@@ -298,34 +312,3 @@ class Run:
 
     def _meta(self, step: int) -> dict[str, Any]:
         return make_meta(self.config, step, self.manifest.fingerprint, self.manifest.tokenizer["sha256"])
-
-
-class Report:
-    """Called with each step's device metrics, one step late; writes what is due."""
-
-    def __init__(self, run: Run, out: MetricWriter | None, progress: Progress, first: int):
-        self._run, self._out, self._progress = run, out, progress
-        self._logged, self._time = first, time.perf_counter()
-
-    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        config = self._run.config
-        due = step % config.log_every == 0 or step in (1, config.steps)
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"step {step}: the loss is {values['loss']}; the latest checkpoint is from before it"
-            )
-        if not due:
-            self._progress.advance(step)
-            return
-        now = time.perf_counter()
-        rate = (step - self._logged) / (now - self._time)  # steps a second
-        self._logged, self._time = step, now
-        tokens_per_second = rate * config.batch_size * config.sequence_length
-        record: dict[str, Any] = {"step": step, **values, "tokens_per_second": round(tokens_per_second, 1)}
-        if self._run.utilisation_per_rate is not None:
-            record["mfu"] = round(rate * self._run.utilisation_per_rate, 4)
-        record["seconds"] = self._run.clock.take()
-        if self._out:
-            self._out.write(record)
-        self._progress.report(step, record)

@@ -27,7 +27,10 @@ class Progress:
 
     def report(self, step: int, record: dict[str, Any]) -> None:
         """Shows a logged record."""
-        parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
+        parts = [
+            "loss not finite" if record["loss"] is None else f"loss {record['loss']:.4f}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+        ]
         if "mfu" in record:
             parts.append(f"MFU {record['mfu']:.1%}")
         self._bar.set_postfix_str(", ".join(parts), refresh=False)

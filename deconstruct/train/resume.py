@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from deconstruct.attention.variants import fixed_source
 from deconstruct.config import Config
 from deconstruct.model.restack import to_segments
 from deconstruct.run import checkpoint
-from deconstruct.run.checkpoint import Checkpoints
+from deconstruct.run.checkpoint import CheckpointDamagedError, Checkpoints
+from deconstruct.run.workdir import Workdir
 from deconstruct.train.guard import new_guard
 from deconstruct.train.state import StateSpec, TrainState, running_form, saved_form
 from deconstruct.types import UserError
+
+log = logging.getLogger(__name__)
 
 # Model settings that change how the arrays are computed, not what they are.
 FREE_MODEL_KEYS = ("dtype", "impl", "scan", "remat", "init_std", "fixed_std", "fixed_text")
@@ -78,6 +84,32 @@ def _short(value: Any) -> str:
     return ",".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
 
 
+def latest_readable(run_dir: Workdir) -> tuple[int | None, dict[str, Any] | None]:
+    """The latest finished step whose meta can be read, and that; as process 0 sees it, since a shared file system may
+    show the others an older listing. Raises CheckpointDamagedError where there are some and none can be read."""
+    found, meta, error = -1, None, None
+    if jax.process_index() == 0:
+        for step in reversed(checkpoint.finished_steps(run_dir.checkpoints)):
+            try:
+                found, meta = step, checkpoint.read_meta(run_dir.checkpoints, step)
+                break
+            except CheckpointDamagedError as damage:
+                log.warning("%s", damage)
+                error = damage
+        if meta is None and error is not None:
+            raise error
+    if jax.process_count() > 1:
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if jax.process_index() != 0 and found >= 0:
+            meta = checkpoint.read_meta(run_dir.checkpoints, found)
+    return (None, None) if found < 0 else (found, meta)
+
+
+def _everywhere(holds: bool) -> bool:
+    """Whether it holds on every process."""
+    return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(holds)).min())
+
+
 class RunCheckpoints:
     """The checkpoints of one run: TrainStates in, TrainStates out, on the run's own mesh."""
 
@@ -105,8 +137,28 @@ class RunCheckpoints:
             model["frozen"]["fixed"] = jax.device_put(fixed_tokens, model["frozen"]["fixed"].sharding)
         return self._begin(model)
 
-    def restore(self, step: int) -> TrainState:
-        """Raises CheckpointDamagedError where what is there is not what was saved."""
+    def restore(self, step: int) -> tuple[TrainState, int]:
+        """The state of a step, or of the latest before it that is what was saved; and which that is. The steps after it
+        are set aside, and said. Raises CheckpointDamagedError where there is none."""
+        state, error = None, None
+        try:
+            state = self._restore(step)
+        except CheckpointDamagedError as damage:
+            log.warning("%s", damage)
+            error = damage
+        if _everywhere(error is None) and state is not None:
+            for later in [s for s in self._writer.steps if s > step]:
+                self._writer.set_aside(later, "damaged")
+                log.warning(
+                    "%s is set aside as %d.damaged; going on from step %d", self._folder / str(later), later, step
+                )
+            return state, step
+        earlier = max((s for s in self._writer.steps if s < step), default=None)
+        if earlier is None:
+            raise error or CheckpointDamagedError(f"{self._folder / str(step)} is damaged, as another process finds")
+        return self.restore(earlier)
+
+    def _restore(self, step: int) -> TrainState:
         model, train = (
             checkpoint.load_model(self._folder, step, self._abstract[0]),
             checkpoint.load_train(self._folder, step, self._abstract[1], may_lack="guard"),

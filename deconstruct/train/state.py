@@ -71,9 +71,7 @@ def make_state_spec(config: Config, optimizer: optax.GradientTransformation, mes
         params=params,
         frozen=frozen,
         opt_state=opt_state,
-        guard=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(new_guard)
-        ),
+        guard=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(new_guard)),
     )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return StateSpec(

@@ -18,6 +18,7 @@ import pytest
 
 from deconstruct.run import checkpoint
 from deconstruct.run.checkpoint import CheckpointGoneError, Checkpoints, CheckpointSaveError, finished_steps
+from deconstruct.run.checksums import checksums
 from deconstruct.types import UserError
 
 Moments = namedtuple("Moments", "count mean empty")
@@ -84,7 +85,7 @@ def save(folder, steps, trees, **options):
 
 
 def test_every_kind_of_leaf_and_container_comes_back_bit_for_bit(tmp_path):
-    special = np.array([0x7FC00001, 0x80000000, 0xFF800000, 1], np.uint32).view(np.float32)  # NaN, -0, -inf, denormal
+    special = np.array([0x7F7F0000, 0x80000000, 0xFF7F0000, 1], np.uint32).view(np.float32)  # largest, -0, denormal
     model = {
         "f": jnp.asarray(special),
         "h": jnp.asarray(special).astype(jnp.bfloat16),
@@ -102,6 +103,55 @@ def test_every_kind_of_leaf_and_container_comes_back_bit_for_bit(tmp_path):
     check(loaded, expected)
     assert jax.tree.structure(loaded) == jax.tree.structure(expected) and loaded["adam"].empty == Nothing()
     assert checkpoint.read_meta(folder, 12) == meta
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_what_is_not_finite_is_not_saved(tmp_path, small, value):
+    model, train = small
+    model["layers"]["1"]["w"] = model["layers"]["1"]["w"].at[1, 2].set(value)
+    with Checkpoints(tmp_path, every=1, keep=1) as writer:
+        with pytest.raises(FloatingPointError, match=r"checkpoint 1 was not saved: model/layers/1/w is not finite"):
+            writer.save(1, model, train, {"step": 1})
+        assert writer.steps == frozenset()
+    assert not list(tmp_path.iterdir())
+
+
+@orbax_fails
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path):
+    """In each file of a checkpoint, at places drawn anew: what is read is what was saved, or nothing is."""
+    draw = np.random.default_rng(0)
+    model = {"w": jnp.asarray(draw.normal(size=(20, 30)), jnp.float32), "h": jnp.ones((7, 5), jnp.bfloat16)}
+    train = {"mu": jnp.asarray(draw.normal(size=(20, 30)), jnp.float32), "step": jnp.int32(3)}
+    save(tmp_path, [3], (model, train))
+    noticed = []
+    for path in sorted(p for p in (tmp_path / "3").rglob("*") if p.is_file() and p.stat().st_size):
+        whole = path.read_bytes()
+        for place in draw.choice(8 * len(whole), 4):
+            damaged = bytearray(whole)
+            damaged[place // 8] ^= 1 << place % 8
+            path.write_bytes(damaged)
+            try:
+                check(checkpoint.load_model(tmp_path, 3, abstract(model, here())), model)
+                check(checkpoint.load_train(tmp_path, 3, abstract(train, here())), train)
+                assert checkpoint.read_meta(tmp_path, 3) == {"step": 3}
+            except UserError as error:
+                assert "\n" not in str(error)
+                noticed.append(str(error))
+        path.write_bytes(whole)
+    assert any("is not what was saved (its checksum); there is none before it" in message for message in noticed)
+
+
+def test_a_checksum_is_that_of_the_numbers_and_not_of_their_mesh():
+    draw = np.random.default_rng(1)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    arrays = [draw.normal(size=(16, 3)).astype(np.float32), draw.integers(-9, 9, (5,)).astype(np.int32), np.float32(2)]
+    split = [jax.device_put(arrays[0], jax.NamedSharding(mesh, jax.P("x"))), *arrays[1:]]
+    wanted, finite = checksums(arrays)
+    assert checksums(split) == (wanted, finite) and finite == [True] * 3
+    words = arrays[0].view(np.uint32).ravel().astype(object)
+    assert wanted[0] == sum(int(word) * (2 * place + 1) for place, word in enumerate(words)) % 2**32
+    other = arrays[0][[1, 0, *range(2, 16)]]  # the same numbers in another place
+    assert checksums([other])[0] != wanted[:1]
 
 
 def test_due_and_retention_and_saving_twice(tmp_path, small):
