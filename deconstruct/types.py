@@ -22,8 +22,7 @@ class RunError(RuntimeError):
 
 
 class PeerError(RunError):
-    """Another process of the run is missing, or has failed. The message is one line and names it.
-    """
+    """Another process of the run is missing, or has failed. The message is one line and names it."""
 
 
 class Streams(NamedTuple):

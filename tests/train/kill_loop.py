@@ -172,8 +172,15 @@ class Loop:
 
 def config_text(data: Path) -> str:
     values = {
-        **{"data": str(data), "variant": "non_approximate", "layout": "even", "steps": STEPS, "batch_size": 8},
-        **{"sequence_length": 12, "log_every": 1, "checkpoint_every": EVERY, "learning_rate": 1e-2},
+        "data": str(data),
+        "variant": "non_approximate",
+        "layout": "even",
+        "steps": STEPS,
+        "batch_size": 8,
+        "sequence_length": 12,
+        "log_every": 1,
+        "checkpoint_every": EVERY,
+        "learning_rate": 1e-2,
     }
     model = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4, "dtype": "float32"}
     return (
