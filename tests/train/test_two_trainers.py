@@ -7,6 +7,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def test_of_two_trainers_that_start_together_one_trains_twenty_times(prepared, t
         assert f", process {winner.pid}, since 20" in answer
         while not read_jsonl(Workdir(workdir).metrics):
             assert winner.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
         seen = status(Workdir(workdir), "it")
         assert (seen.state, seen.pid) == ("running", winner.pid)
         winner.send_signal(signal.SIGTERM)
