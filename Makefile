@@ -4,6 +4,7 @@ VENV := .venv
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 INSTALLED := $(VENV)/installed-$(VERSION)
 PEERS := $(VENV)/peers-$(VERSION)
+AOT := $(VENV)/aot-$(VERSION)
 DECONSTRUCT := $(VENV)/bin/deconstruct
 
 .PHONY: quickstart test proof lint table peers clean
@@ -18,8 +19,8 @@ test: $(INSTALLED) lint
 	$(VENV)/bin/python -m pytest -n 2 tests
 
 # What is long and real: processes that are killed, clusters of processes, and other projects' programs beside ours.
-proof: $(INSTALLED) $(PEERS)
-	DECONSTRUCT_PROOF=1 $(VENV)/bin/python -m pytest -n 2 tests -m proof --durations=20
+proof: $(INSTALLED) $(PEERS) $(AOT)/installed
+	DECONSTRUCT_PROOF=1 DECONSTRUCT_AOT=$(abspath $(AOT))/bin/python $(VENV)/bin/python -m pytest -n 2 tests -m proof --durations=20
 
 # Perplexity of every variant at a small size, on the .txt files in TEXT. About an hour on two cores.
 TEXT ?= novels
@@ -51,6 +52,14 @@ $(INSTALLED): pyproject.toml
 
 $(PEERS): $(INSTALLED)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	touch $@
+
+# Compilers for devices that are not here, over the packages of .venv: with them, JAX looks for those devices first.
+$(AOT)/installed: $(INSTALLED)
+	$(PYTHON) -m venv --clear $(AOT)
+	$(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])' > \
+	  $$($(AOT)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
+	$(AOT)/bin/pip install --quiet --disable-pip-version-check --editable '.[aot-tpu,aot-cuda]'
 	touch $@
 
 clean:

@@ -55,7 +55,7 @@ def absent(name: str, slices: int = 1) -> Topology:
 
 
 def _tpus(name: str, slices: int) -> list[jax.Device]:
-    _need("libtpu", name, "aot-tpu")
+    need("libtpu", name, "aot-tpu")
     # No metadata server is asked; several processes may compile at a time; nothing is said of the missing TPU.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     quiet |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
@@ -66,15 +66,16 @@ def _tpus(name: str, slices: int) -> list[jax.Device]:
 
 
 def _gpus(name: str, kind: str, shape: str) -> list[jax.Device]:
-    _need("jax_plugins.xla_cuda12", name, "aot-cuda")
-    _need("nvidia.cuda_nvcc", name, "aot-cuda")
+    need("jax_plugins.xla_cuda12", name, "aot-cuda")
+    need("nvidia.cuda_nvcc", name, "aot-cuda")
     # Autotuning would run candidates on the GPU.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     target = importlib.resources.files(__package__).joinpath(f"{kind}.txtpb").read_text()
     return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape).devices)
 
 
-def _need(module: str, name: str, extra: str) -> None:
+def need(module: str, name: str, extra: str) -> None:
+    """Raises UserError, naming the extra, where a module of a compiler is not there."""
     try:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
