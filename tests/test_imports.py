@@ -28,6 +28,7 @@ FLOORS = [
     {"train", "evaluate", "interop", "generation", "draw"},
     {"bench", "compile"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

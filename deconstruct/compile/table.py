@@ -62,7 +62,7 @@ def _key(record: Record) -> Key:
 def _compile(cell: Record) -> Record:
     words = [f"--config={cell['config']}", *cell["overrides"], f"--topology={cell['topology']}"]
     words += [f"--slices={cell['slices']}", f"--programs={cell['program']}", "--json"]
-    command = [sys.executable, "-m", "deconstruct.cli", "compile", *words]
+    command = [sys.executable, "-m", "deconstruct", "compile", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.stdout.strip():
         return json.loads(done.stdout)

@@ -96,8 +96,9 @@ def test_a_run_that_nobody_holds(tmp_path, state, events, steps):
 )
 def test_a_run_with_a_record_of_its_holder(tmp_path, state, changes, age):
     folder = made(tmp_path / "run")
-    record_of(folder, beat=NOW - age, **changes)
-    os.utime(folder / RECORD, (NOW - age, NOW - age))
+    now = time.time()
+    record_of(folder, beat=now - age, **changes)
+    os.utime(folder / RECORD, (now - age, now - age))
     seen = look(folder)
     assert seen.state == state
     assert seen.host == changes.get("host", seen.host)
