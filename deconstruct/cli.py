@@ -46,7 +46,15 @@ class Parser(argparse.ArgumentParser):
 
 def main(words: list[str] | None = None) -> int:
     """Runs one verb. Exit status: 0 done, 2 the user's mistake (one line), 1 a failure, 75 stopped and saved."""
-    words = sys.argv[1:] if words is None else words
+    try:
+        return _main(sys.argv[1:] if words is None else words)
+    except KeyboardInterrupt:
+        print("deconstruct: interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # threads of the runtime may be at work, and taking it down under them can crash
+
+
+def _main(words: list[str]) -> int:
     overrides = [word for word in words if word.startswith("--config.")]
     rest = [word for word in words if not word.startswith("--config.")]
     parser = Parser(prog="deconstruct", description="Language models with attention taken apart.", allow_abbrev=False)
@@ -72,10 +80,6 @@ def main(words: list[str] | None = None) -> int:
     except (FloatingPointError, RunError) as error:
         print(f"deconstruct {arguments.verb}: {error}", file=sys.stderr)
         return FAILURE
-    except KeyboardInterrupt:
-        print(f"deconstruct {arguments.verb}: interrupted", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(INTERRUPTED)  # threads of the runtime may be at work, and taking it down under them can crash
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE

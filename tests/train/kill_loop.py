@@ -41,8 +41,9 @@ class Cluster:
             words = ["train", f"--config={loop.config}", f"--workdir={workdir}"]
             if processes > 1:
                 words += [f"--coordinator=localhost:{port}", f"--num-processes={processes}", f"--process-id={i}"]
+                words += ["--start-timeout=30"]
             environment = {**loop.environment, "JAX_NUM_CPU_DEVICES": str(2 // processes)}
-            command = [sys.executable, "-m", "deconstruct.cli", *words]
+            command = [sys.executable, "-m", "deconstruct", *words]
             with self.log.open("a") as log:
                 self.processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT))
 
