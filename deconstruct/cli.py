@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import sys
+import threading
 from typing import NoReturn
 
 from deconstruct.types import RunError, UserError
@@ -66,10 +67,11 @@ def _main(words: list[str]) -> int:
             importlib.import_module(module).add_arguments(own)
     arguments = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("absl", "jax", "orbax"):
+    for noisy in ("jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # Of a save or a load that fails, it tells at length what the verb says in a line.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    for noisy in ("absl", "asyncio"):  # of a save or a load that fails, they tell at length what we say in a line
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    threading.excepthook = _failed_thread
     try:
         if overrides and verb not in ("train", "describe", "compile"):
             raise UserError(f"{overrides[0]}: {verb} takes no --config.key=value")
@@ -84,16 +86,26 @@ def _main(words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except OSError as error:  # a full disk, a folder that cannot be written to, a file where a folder should be
-        if error.filename is None or error.errno is None:
+        of_the_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        if error.errno is None or (error.filename is None and not of_the_disk):
             raise
-        print(f"deconstruct {arguments.verb}: {error.filename}: {os.strerror(error.errno)}", file=sys.stderr)
-        return FAILURE if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else USER_ERROR
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"deconstruct {arguments.verb}: {where}{os.strerror(error.errno)}", file=sys.stderr)
+        return FAILURE if of_the_disk else USER_ERROR
     except Exception as error:
         if not _out_of_memory(error):
             raise
         why = str(error).strip().splitlines()[:1] or ["Python"]
         print(f"deconstruct {arguments.verb}: out of memory ({why[0]}); smaller numbers would do", file=sys.stderr)
         return FAILURE
+
+
+def _failed_thread(failure: threading.ExceptHookArgs) -> None:
+    """A thread of a library that could not write (TensorBoard's, on a full disk) says so in a line."""
+    if isinstance(failure.exc_value, OSError):
+        print(f"deconstruct: {failure.thread and failure.thread.name}: {failure.exc_value}", file=sys.stderr)
+    else:
+        threading.__excepthook__(failure)
 
 
 def _out_of_memory(error: Exception) -> bool:

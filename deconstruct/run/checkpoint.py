@@ -184,7 +184,12 @@ class Checkpoints:
         return [s for s in steps[: -self._keep] if self._keep_period is None or s % self._keep_period]
 
     def _failure(self, step: int, error: BaseException) -> CheckpointSaveError:
-        return CheckpointSaveError(f"checkpoint {step} could not be saved in {self._folder}: {_line(error)}")
+        # Whatever it is called by whom: what the user has to do is the same.
+        full = next((said for said in ("No space left on device", "Disk quota exceeded") if said in str(error)), None)
+        remedy = f"{full}; make some room, and run the same command to go on from step {max(self._steps, default=0)}"
+        return CheckpointSaveError(
+            f"checkpoint {step} could not be saved in {self._folder}: {remedy if full else _line(error)}"
+        )
 
 
 def finished_steps(folder: Any) -> list[int]:

@@ -1,0 +1,73 @@
+"""Runs that are killed, and disks that are full, for real. `kill_loop` is the same by hand, as long as one likes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deconstruct.run.checkpoint import finished_steps
+from tests.train.kill_loop import Loop, config_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_four_kills_change_nothing(prepared, tmp_path):
+    loop = Loop(tmp_path / "loop", prepared, seed=2)
+    loop.run(4)
+    assert sum(loop.kills.values()) == 4
+
+
+@pytest.mark.proof
+def test_thirty_kills_change_nothing(prepared, tmp_path):
+    loop = Loop(tmp_path / "loop", prepared, seed=3)
+    loop.run(30)
+    assert sum(loop.kills.values()) == 30
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Two megabytes, which may become more."""
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("a small disk takes root and mount")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def run(config, workdir):
+    command = [sys.executable, "-m", "deconstruct", "train", f"--config={config}", f"--workdir={workdir}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def metrics(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k not in ("seconds", "tokens_per_second")} for x in lines]
+
+
+@pytest.mark.proof
+def test_a_full_disk_is_one_line_and_with_room_the_run_goes_on(small_disk, prepared, tmp_path):
+    config = tmp_path / "config.py"
+    text = (
+        config_text(prepared)
+        .replace("'steps': 24", "'steps': 150")
+        .replace("checkpoint.keep = 2", "checkpoint.keep = 99")
+    )
+    config.write_text(text.replace("'checkpoint_every': 3", "'checkpoint_every': 10"))
+    for _ in range(2):  # the second begins on a disk that is full
+        done = run(config, small_disk / "run")
+        assert done.returncode in (1, 2)  # 2 where not even the lock can be written
+        assert done.stderr.splitlines()[-1].startswith("deconstruct train: ") and "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert finished_steps(small_disk / "run" / "checkpoints")
+    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
+    done = run(config, small_disk / "run")
+    assert done.returncode == 0 and "resuming from step" in done.stderr, done.stderr
+    assert run(config, tmp_path / "whole").returncode == 0
+    assert metrics(small_disk / "run") == metrics(tmp_path / "whole")
