@@ -211,10 +211,15 @@ class Lock:
         text = json.dumps(self._record())
         if not _in_bucket(self._path):
             try:
-                with open(self._path, "x") as file:
-                    file.write(text)
+                file = open(self._path, "x")  # noqa: SIM115 (what fails from here on is not that it is there)
             except FileExistsError:
                 return False
+            try:
+                with file:
+                    file.write(text)
+            except OSError:  # the disk is full
+                self._path.unlink()
+                raise
             return True
         import fsspec
 
@@ -263,6 +268,11 @@ class Lock:
         return bool(seen and seen.holder and seen.holder.token == self._token)
 
 
+_KINDS = {
+    field.name: {"str": str, "int": int, "float": int | float}[str(field.type)] for field in dataclasses.fields(Holder)
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Seen:
     """A record at one moment: what it says, and who that is, if it can be read."""
@@ -283,8 +293,9 @@ def _look(path: epath.Path) -> _Seen | None:
     except FileNotFoundError:
         return None
     try:
-        record = json.loads(text)
-        holder = Holder(**record)
+        holder = Holder(**json.loads(text))
+        if not all(isinstance(getattr(holder, name), kind) for name, kind in _KINDS.items()) or holder.pid < 1:
+            raise TypeError
         return _Seen(text, modified, dataclasses.replace(holder, beat=max(holder.beat, modified)))
     except (ValueError, TypeError):
         return _Seen(text, modified, None)
