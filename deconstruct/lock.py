@@ -31,6 +31,7 @@ import psutil
 from etils import epath
 
 from deconstruct.duration import clock
+from deconstruct.paths import file_system, is_remote, place
 from deconstruct.types import RunError, UserError
 
 BEAT = 10.0  # seconds between two signs of life
@@ -81,7 +82,7 @@ class Holder:
 
 def read_holder(folder: os.PathLike[str] | str) -> Holder | None:
     """Who is named as writing to a folder, dead or alive; None where nobody is, or the record cannot be read."""
-    seen = _look(epath.Path(folder) / RECORD)
+    seen = _look(place(folder) / RECORD)
     return seen.holder if seen else None
 
 
@@ -112,8 +113,8 @@ class Lock:
     predecessor: Holder | None = None
 
     def __init__(self, folder: os.PathLike[str] | str, option: str, verb: str):
-        path = epath.Path(folder)  # absolute: a notebook may change the folder it is in
-        self._folder = path if _in_bucket(path) else epath.Path(os.path.abspath(path))
+        path = place(folder)  # absolute: a notebook may change the folder it is in
+        self._folder = path if is_remote(path) else epath.Path(os.path.abspath(path))
         self._verb = verb
         self._named = f"{option}={folder}"
         self._path = self._folder / RECORD
@@ -130,7 +131,7 @@ class Lock:
             raise LockLostError(self._lost)
 
     def acquire(self) -> None:
-        if not _in_bucket(self._path):
+        if not is_remote(self._path):
             self._ask_the_system()
         for _ in range(3):
             if self._create():
@@ -139,7 +140,7 @@ class Lock:
         else:
             raise self._refusal(_look(self._path))
         self._held = True
-        if _in_bucket(self._path) or (self.predecessor and self._system is None):
+        if is_remote(self._path) or (self.predecessor and self._system is None):
             time.sleep(SETTLE)
             self._look_after_it()
             if self._lost is not None:
@@ -209,20 +210,23 @@ class Lock:
     def _create(self) -> bool:
         """Makes the record, if there is none."""
         text = json.dumps(self._record())
-        if not _in_bucket(self._path):
+        if not is_remote(self._path):
             try:
-                with open(self._path, "x") as file:
-                    file.write(text)
+                file = open(self._path, "x")  # noqa: SIM115 (what fails from here on is not that it is there)
             except FileExistsError:
                 return False
+            try:
+                with file:
+                    file.write(text)
+            except OSError:  # the disk is full
+                self._path.unlink()
+                raise
             return True
-        import fsspec
-
-        system, path = fsspec.url_to_fs(os.fspath(self._path))
+        address = os.fspath(self._path)
         try:
-            system.pipe_file(path, text.encode(), mode="create")
+            file_system(address).pipe_file(address, text.encode(), mode="create")
         except OSError:  # S3 says it with another error than the others
-            if system.exists(path):
+            if self._path.exists():
                 return False
             raise
         return True
@@ -254,13 +258,18 @@ class Lock:
         if not self._is_ours(seen):
             who = f"is held by another {self._verb} now: {seen.holder}" if seen else "has lost its record of who writes"
             self._lost = f"{self._named} {who}; this process must not go on"
-        elif _in_bucket(self._path):
+        elif is_remote(self._path):
             self._path.write_text(json.dumps(self._record()))
         else:
             os.utime(self._path)  # takes no space, and readers never see half a record
 
     def _is_ours(self, seen: _Seen | None) -> bool:
         return bool(seen and seen.holder and seen.holder.token == self._token)
+
+
+_KINDS = {
+    field.name: {"str": str, "int": int, "float": int | float}[str(field.type)] for field in dataclasses.fields(Holder)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +284,7 @@ class _Seen:
 def _look(path: epath.Path) -> _Seen | None:
     """None where there is no record."""
     try:
-        if _in_bucket(path):
+        if is_remote(path):
             text, modified = path.read_text(), 0.0
         else:
             with open(path) as file:  # opening it makes NFS ask the server
@@ -283,8 +292,9 @@ def _look(path: epath.Path) -> _Seen | None:
     except FileNotFoundError:
         return None
     try:
-        record = json.loads(text)
-        holder = Holder(**record)
+        holder = Holder(**json.loads(text))
+        if not all(isinstance(getattr(holder, name), kind) for name, kind in _KINDS.items()) or holder.pid < 1:
+            raise TypeError
         return _Seen(text, modified, dataclasses.replace(holder, beat=max(holder.beat, modified)))
     except (ValueError, TypeError):
         return _Seen(text, modified, None)
@@ -312,7 +322,3 @@ def _machine() -> str:
             return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return socket.gethostname()
-
-
-def _in_bucket(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)

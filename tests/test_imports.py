@@ -15,8 +15,8 @@ PACKAGE = Path(deconstruct.__file__).parent
 # From the ground up. A name is a file or a folder of the package; what stands on one floor does not know each other.
 FLOORS = [
     {"types", "duration"},
-    {"spelling", "plan", "lock", "paths"},
-    {"layout"},
+    {"spelling", "plan", "paths"},
+    {"layout", "lock"},
     {"config"},
     {"distributed"},
     {"layers"},

@@ -178,9 +178,14 @@ def test_a_holder_of_another_machine_that_gives_signs_of_life_keeps_it(place, qu
     assert read_holder(place).token == "other"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"pid": 3}', {"pid": 3.5}, {"pid": -3}, {"beat": "x"}, {"host": None}]
+)
 def test_a_record_that_cannot_be_read_is_watched_as_well(tmp_path, quick, text):
-    (tmp_path / RECORD).write_text(text)
+    if isinstance(text, dict):
+        leave_record(epath.Path(tmp_path), **text)
+    else:
+        (tmp_path / RECORD).write_text(text)
     assert read_holder(tmp_path) is None
     with alone_in(tmp_path, "--workdir", "train"):
         assert read_holder(tmp_path).pid == os.getpid()

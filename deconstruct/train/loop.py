@@ -93,6 +93,7 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
             return 0
         run_dir.folder.mkdir(parents=True, exist_ok=True)
         turn = stack.enter_context(session(run_dir, run.clock))
+        agree("workdir", dict)  # process 0 may have been refused, and no other waits for it then
         if latest_readable(run_dir)[0] != run.latest:  # another trainer has saved more, and ended, meanwhile
             clock, run = run.clock, Run(config, manifest, mesh, run_dir)
             run.clock = clock

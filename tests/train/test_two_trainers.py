@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import portpicker
 import pytest
 
-from deconstruct.lock import RECORD
+from deconstruct.lock import RECORD, alone_in
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.status import status
 from deconstruct.run.workdir import Workdir
@@ -125,3 +126,31 @@ def test_no_sign_of_life_is_missed_while_a_program_is_compiled(tmp_path):
     assert seconds > 1, "too quick a compilation to show anything"
     assert len(beats) > seconds / 0.1 / 3  # on a busy machine some come late
     assert max(gaps) < 1
+
+
+@pytest.mark.proof
+def test_all_processes_of_a_run_that_is_refused_end_and_say_why(prepared, tmp_path):
+    config = tmp_path / "config.py"
+    values = {"data": str(prepared), "batch_size": 8, "sequence_length": 12, "steps": 4}
+    model = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 4}
+    config.write_text(
+        "from deconstruct.config import default_config\n"
+        f"def get_config():\n    config = default_config()\n    config.update({values!r})\n"
+        f"    config.model.update({model!r})\n    config.optimizer.warmup_steps = 1\n    return config\n"
+    )
+    workdir, port = tmp_path / "run", portpicker.pick_unused_port()
+    workdir.mkdir()
+    command = [sys.executable, "-m", "deconstruct.cli", "train", f"--config={config}", f"--workdir={workdir}"]
+    command += [f"--coordinator=localhost:{port}", "--num-processes=2"]
+    plain = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    with alone_in(workdir, "--workdir", "train"):
+        processes = [
+            subprocess.Popen([*command, f"--process-id={i}"], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=plain)
+            for i in range(2)
+        ]
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], "\n".join(said)
+    for text in said:
+        assert f"--workdir={workdir}: another train is writing here: host " in text.strip().splitlines()[-1]
+    assert f"process {os.getpid()}, since" in said[1] and "process 0 (" in said[1]
+    assert sorted(path.name for path in workdir.iterdir()) == [".lock"]
