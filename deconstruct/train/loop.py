@@ -34,6 +34,7 @@ from deconstruct.distributed.stop import StopSignal
 from deconstruct.distributed.watchdog import Watchdog
 from deconstruct.experiment import load_config
 from deconstruct.model.placement import mesh_for
+from deconstruct.paths import is_remote
 from deconstruct.run import extensions
 from deconstruct.run.checkpoint import Checkpoints
 from deconstruct.run.clock import Clock
@@ -113,7 +114,8 @@ def _same_everywhere(config: Config, manifest: Manifest, run_dir: Workdir) -> di
     flat = {f"config.{key}": value for key, value in values.items() if key != "code" and not isinstance(value, dict)}
     groups = {name: group for name, group in values.items() if isinstance(group, dict)}
     flat |= {f"config.{name}.{key}": value for name, group in groups.items() for key, value in group.items()}
-    return {"--workdir": os.fspath(run_dir.folder.resolve()), **flat}
+    folder = run_dir.folder if is_remote(run_dir.folder) else run_dir.folder.resolve()
+    return {"--workdir": os.fspath(folder), **flat}
 
 
 def _check_data(config: Config, manifest: Manifest) -> None:

@@ -94,12 +94,12 @@ class Report:
             *(step, _why(values), self.in_a_row, values["skipped"]),
         )
         windows, rows = self._batches.of_step(step - 1)
-        counts = np.unique(rows, return_counts=True)[1]
+        counts = np.bincount(rows.reshape(-1))
         tokens = {
             "least": int(rows.min()),
             "most": int(rows.max()),
-            "distinct": len(counts),
-            "share_of_commonest": round(float(counts.max() / rows.size), 4),
+            "distinct": int((counts > 0).sum()),
+            "share_of_commonest": round(float(np.max(counts)) / rows.size, 4),
         }
         # The windows and tokens are those of this process: with several, the others hold the rest of the batch.
         append_jsonl(

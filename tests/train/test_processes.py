@@ -27,7 +27,9 @@ MODELS = {
 def config_of(data, layers, steps, devices):
     model = {"num_layers": len(layers), "intermediate_size": 32}
     mesh = {"data": 2, "fsdp": devices // 2}
-    return run_config(data, model, variant="standard", layout=",".join(layers), steps=steps, checkpoint_every=4, mesh=mesh)
+    return run_config(
+        data, model, variant="standard", layout=",".join(layers), steps=steps, checkpoint_every=4, mesh=mesh
+    )
 
 
 def cluster(launch, workdir, processes):
