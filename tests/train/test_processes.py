@@ -49,8 +49,10 @@ def test_processes_are_as_many_devices_of_one(prepared, tmp_path, model):
         assert [record["step"] for record in shared] == list(range(1, 9))
         for a, b in zip(alone, shared, strict=True):
             assert a["tokens"] == b["tokens"] and a["learning_rate"] == b["learning_rate"]
-            # The same float32 sums over devices; gloo may add them up in another order.
-            np.testing.assert_allclose((b["loss"], b["grad_norm"]), (a["loss"], a["grad_norm"]), rtol=2e-6)
+            # The same float32 sums over devices, which gloo may add up in another order; what that makes of the first
+            # update's last bits, the next ones carry on. A sum over too few devices would be off by a factor.
+            rtol = 2e-6 if a["step"] == 1 else 1e-4
+            np.testing.assert_allclose((b["loss"], b["grad_norm"]), (a["loss"], a["grad_norm"]), rtol=rtol)
         assert finished_steps(several / "checkpoints") == [4, 8]
 
     # What four processes have saved, on one, two and eight devices here.
@@ -76,4 +78,4 @@ def test_processes_are_as_many_devices_of_one(prepared, tmp_path, model):
         ends.append([(record["step"], record["loss"]) for record in trajectory(run)][8:])
     for end in ends[1:]:
         assert [step for step, _ in end] == [9, 10, 11, 12]
-        np.testing.assert_allclose([x for _, x in end], [x for _, x in ends[0]], rtol=1e-5)  # as above, over steps
+        np.testing.assert_allclose([x for _, x in end], [x for _, x in ends[0]], rtol=1e-4)  # as above
