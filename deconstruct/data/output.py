@@ -36,7 +36,10 @@ class Output:
 
     def __init__(self, folder: str):
         self._given = folder
-        self.folder = place(folder)
+        found = place(folder)
+        self.folder = (
+            found if is_remote(folder) else epath.Path(os.path.abspath(found))
+        )  # other workers start elsewhere
         self._record = self.folder / PARTIAL / RECORD
         self._runs: list[str] = []
         self._files: list[str] = []

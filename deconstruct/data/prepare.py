@@ -76,6 +76,9 @@ class PrepareOptions:
         )
         _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
         check_engine(self.executor, self.workers)
+        for path in self.input if self.executor != PROCESSES else ():
+            is_whole = ":" in path or os.path.isabs(os.path.expanduser(path))
+            _require(is_whole, "input", path, "absolute, as the workers of --executor start in folders of their own")
 
     def that_matter(self) -> dict[str, Any]:
         """The options that change what comes out."""

@@ -277,7 +277,9 @@ class Run:
             try:
                 text = epath.Path(model.fixed_text).read_bytes().decode()
             except UnicodeDecodeError as error:
-                raise UserError(f"config.model.fixed_text={model.fixed_text}: not UTF-8 at byte {error.start}") from None
+                raise UserError(
+                    f"config.model.fixed_text={model.fixed_text}: not UTF-8 at byte {error.start}"
+                ) from None
             tokens = self.tokenizer.encode(text)[: model.fixed_length]
             where = f"config.model.fixed_text={model.fixed_text}"
         else:

@@ -142,6 +142,8 @@ def test_mistakes(tmp_path, texts, cluster):
         with pytest.raises(UserError, match=message) as error:
             prepare(options(tmp_path / "out", texts, **others))
         assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="--input=texts: must be absolute, as the workers of --executor start in"):
+        prepare(options(tmp_path / "out", "texts", workers=0, executor=engine))
     for worker in workers:
         worker.kill()
         worker.wait()
