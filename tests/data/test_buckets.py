@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import subprocess
 import sys
@@ -40,7 +39,7 @@ SETTINGS = {
     },
     # gcsfs, ArrayRecord and TensorStore each have a name for it.
     "gs": dict.fromkeys(("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "TENSORSTORE_GCS_HTTP_URL"), "{}")
-    | {"NO_GCE_CHECK": "true"},
+    | {"NO_GCE_CHECK": "true", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},  # nor ask Google about an emulator
 }  # fmt: skip
 PROGRAMS = {
     "s3": "from moto.server import main; main(['-H', '127.0.0.1', '-p', '{}'])",
@@ -59,7 +58,6 @@ def bucket(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SETTINGS[scheme].items():
             patch.setenv(name, value.format(url))
-        patch.setattr(logging.getLogger("gcsfs"), "disabled", True)  # it looks for credentials again and again
         deadline = time.monotonic() + 60
         while True:
             try:
