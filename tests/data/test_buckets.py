@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -22,10 +21,8 @@ from deconstruct.paths import file_system, place
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.restore import restore_model
 from deconstruct.run.workdir import Workdir
-from deconstruct.train.loop import train
 from deconstruct.types import UserError
 from tests.need import need
-from tests.tiny import tiny_config
 
 need("s3fs", extra="s3")
 need("gcsfs", extra="gcs")
@@ -46,6 +43,21 @@ PROGRAMS = {
     "gs": "from gcp_storage_emulator.__main__ import main\n"
     "main(['start', '--host=127.0.0.1', '--port={}', '--in-memory'])",
 }
+
+
+# A process of its own: tensorboardX's writer uploads once more when its process ends, and tries for minutes.
+TRAIN = """
+import sys
+from deconstruct.train.loop import train
+from tests.tiny import tiny_config
+
+data, workdir, steps = sys.argv[1:]
+config = tiny_config(
+    {"vocab_size": 0, "num_layers": 1}, data=data, variant="approximate", layout="uniform",
+    steps=int(steps), sequence_length=48, checkpoint_every=2, log_every=1, optimizer={"schedule_steps": 6},
+)
+sys.exit(train(config, workdir))
+"""
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
@@ -71,7 +83,6 @@ def bucket(request, tmp_path_factory):
         files = file_system(f"{scheme}://any")
         files.mkdir("proof")
         yield f"{scheme}://proof"
-        gc.collect()  # tensorboardX's writer uploads once more when it is forgotten, and tries for minutes
     server.kill()
     server.wait()
 
@@ -152,14 +163,11 @@ def test_a_run_in_a_bucket(bucket, prepared_there, prepared, tmp_path):
         return
     theirs, own = (Windows(folder, "train", 48) for folder in (prepared_there, prepared))
     assert (theirs.read(range(len(theirs))) == own.read(range(len(own)))).all()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     losses = []
     for data, workdir in ((prepared_there, f"{bucket}/run"), (str(prepared), str(tmp_path / "run"))):
         for steps in (4, 6):
-            config = tiny_config(
-                {"vocab_size": 0, "num_layers": 1}, data=data, variant="approximate", layout="uniform",
-                steps=steps, sequence_length=48, checkpoint_every=2, log_every=1, optimizer={"schedule_steps": 6},
-            )  # fmt: skip
-            assert train(config, workdir) == 0
+            subprocess.run([sys.executable, "-c", TRAIN, data, workdir, str(steps)], env=environment, check=True)
         losses.append([record["loss"] for record in read_jsonl(Workdir(workdir).metrics)])
     assert len(losses[0]) == 6 and losses[0] == losses[1]
     assert Workdir(f"{bucket}/run").load_tokenizer(6).fingerprint == load_manifest(prepared).tokenizer["sha256"]
