@@ -51,7 +51,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 $(PEERS): $(INSTALLED)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers,dask,gcs,s3,emulators]'
 	touch $@
 
 # Compilers for devices that are not here, over the packages of .venv: with them, JAX looks for those devices first.

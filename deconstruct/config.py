@@ -14,11 +14,11 @@ import math
 import typing
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict
 
 from deconstruct import layout as layouts
 from deconstruct import plan as plans
+from deconstruct.paths import place
 from deconstruct.types import UserError
 
 PYTHIA_VOCABULARY = 50_277
@@ -256,8 +256,19 @@ def _typed(key: str, value: Any, expected: type) -> Any:
 
 def _of_tokenizer(data: str, entry: str) -> int | None:
     """An entry of the manifest about the tokenizer in a prepared folder; None where there is none yet."""
-    manifest = epath.Path(data) / "manifest.json"
-    return json.loads(manifest.read_text())["tokenizer"][entry] if data and manifest.exists() else None
+    manifest = place(data) / "manifest.json"
+    if not data or not manifest.exists():
+        return None
+    try:
+        found = json.loads(manifest.read_bytes())["tokenizer"][entry]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found = None
+    if type(found) is not int:
+        raise UserError(
+            f"{manifest}: not a manifest of prepare (it has no tokenizer.{entry}); prepare the text again, in a new "
+            "folder"
+        )
+    return found
 
 
 def _end_of_text(config: Config) -> int:

@@ -150,6 +150,12 @@ def test_values_that_follow_from_others(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 321, "end_of_text": 2}}))
     assert load_config(BASE, data=tmp_path).model.vocab_size == 321
     assert load_config(BASE, data=tmp_path, **{"model.vocab_size": 300}).model.vocab_size == 300
+    for text in ("", "null", "[]", "{}", '{"tokenizer": {"vocab_size": "321"}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(
+            UserError, match=r"manifest.json: not a manifest of prepare \(it has no tokenizer.vocab_size"
+        ):
+            load_config(BASE, data=tmp_path)
 
 
 OVERRIDES = [

@@ -36,7 +36,10 @@ class Output:
 
     def __init__(self, folder: str):
         self._given = folder
-        self.folder = place(folder)
+        found = place(folder)
+        self.folder = (
+            found if is_remote(folder) else epath.Path(os.path.abspath(found))
+        )  # other workers start elsewhere
         self._record = self.folder / PARTIAL / RECORD
         self._runs: list[str] = []
         self._files: list[str] = []
@@ -66,15 +69,13 @@ class Output:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Holds the folder, which it makes, against another prepare. A bucket has no locks: there it does nothing."""
-        if is_remote(self.folder):
-            yield
-            return
+        """Holds the folder, which it makes, against another prepare."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not is_remote(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output={self._given}: cannot be made: {error.strerror}; give another") from None
-        with alone_in(Path(self.folder), "--output", "prepare"):
+        with alone_in(self.folder, "--output", "prepare"):
             yield
 
     def begin(self, run: str) -> epath.Path:

@@ -26,7 +26,7 @@ from deconstruct.data.encode import (
     PartWriter,
     Summary,
     encode_unit,
-    part_is_whole,
+    part_file,
     sample_unit,
     token_dtype,
 )
@@ -35,7 +35,7 @@ from deconstruct.data.output import Output
 from deconstruct.data.pack import SPLITS, Packer, unigram_perplexity
 from deconstruct.data.sample import Sample
 from deconstruct.data.sources import Unit, capped, documents, identity, work_units
-from deconstruct.paths import reaching
+from deconstruct.paths import names_in, reaching
 from deconstruct.types import UserError
 
 SAMPLE_CHARACTERS = 10_000_000
@@ -76,6 +76,9 @@ class PrepareOptions:
         )
         _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
         check_engine(self.executor, self.workers)
+        for path in self.input if self.executor != PROCESSES else ():
+            is_whole = ":" in path or os.path.isabs(os.path.expanduser(path))
+            _require(is_whole, "input", path, "absolute, as the workers of --executor start in folders of their own")
 
     def that_matter(self) -> dict[str, Any]:
         """The options that change what comes out."""
@@ -121,8 +124,11 @@ def _prepare(
         units = capped(units, options.max_characters)
     with open_crew(options.executor, min(options.workers or _cores(), len(units)), os.fspath(partial)) as crew:
         tokenizer = _tokenizer(options, given, units, partial / TOKENIZER_FOLDER, crew)
-        parts, is_one = _parts(options, units, tokenizer, partial, crew)
-    bad_lines = _bad_lines(options, [Part(partial, i, "uint16").summary for i in range(len(units))])
+        parts = _parts(options, units, tokenizer, partial, crew)
+    bad_lines = _bad_lines(options, parts)
+    is_one = sum(part.summary.documents for part in parts) == 1
+    if is_one:
+        parts = [_split(options, units, tokenizer, partial)]
     dtype = token_dtype(tokenizer.vocab_size)
     packer = Packer(parts, options.validation_fraction, options.row_length, tokenizer.vocab_size, dtype)
     tokenizer_file = f"{TOKENIZER_FOLDER}/{tokenizer.file_name}"
@@ -176,18 +182,20 @@ def _tokenizer(
 
 def _parts(
     options: PrepareOptions, units: list[Unit], tokenizer: tokenizers.Tokenizer, partial: epath.Path, crew: Crew
-) -> tuple[list[Part], bool]:
-    """The parts, in the order of the units, and whether they hold one document, split at its end."""
-    left = [i for i in range(len(units)) if not part_is_whole(partial, i)]
+) -> list[Part]:
+    """The parts, in the order of the units."""
+    there = names_in(partial)
+    left = [i for i in range(len(units)) if part_file(partial, i, "json").name not in there]
     if len(left) < len(units):
         _say(f"{len(units) - len(left)} of {len(units)} parts are there from an earlier run")
     folder = os.fspath(partial / TOKENIZER_FOLDER)
     jobs = ((units[i], i, os.fspath(partial), folder, options.seed) for i in left)
     crew.map(encode_unit, jobs, len(left), "encode")
-    dtype = token_dtype(tokenizer.vocab_size)
-    parts = [Part(partial, i, dtype) for i in range(len(units))]
-    if sum(part.summary.documents for part in parts) != 1:
-        return parts, False
+    return [Part(partial, i, token_dtype(tokenizer.vocab_size)) for i in range(len(units))]
+
+
+def _split(options: PrepareOptions, units: list[Unit], tokenizer: tokenizers.Tokenizer, partial: epath.Path) -> Part:
+    """The one document there is, as two: its end is the validation split."""
     _say("the input is one document: its end is the validation split")
     text = next(item for unit in units for item in documents(unit) if isinstance(item, str))
     cut = max(1, int(len(text) * (1 - options.validation_fraction)))
@@ -195,7 +203,7 @@ def _parts(
     with PartWriter(partial, len(units), tokenizer) as writer:
         writer.add(text[:cut], 2**64 - 1)
         writer.add(text[cut:], 0)
-    return [Part(partial, len(units), dtype)], True
+    return Part(partial, len(units), token_dtype(tokenizer.vocab_size))
 
 
 def _check_documents(found: Summary) -> None:
@@ -204,10 +212,10 @@ def _check_documents(found: Summary) -> None:
         raise UserError(f"--input: no document in it ({why})")
 
 
-def _bad_lines(options: PrepareOptions, summaries: list[Summary]) -> dict[str, Any]:
+def _bad_lines(options: PrepareOptions, parts: list[Part]) -> dict[str, Any]:
     found = Summary()
-    for summary in summaries:
-        found.add(summary)
+    for part in parts:
+        found.add(part.summary)
     _check_documents(found)
     bad, every = found.bad, found.bad + found.documents
     for example in found.examples:

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from deconstruct.paths import is_remote
+from deconstruct.paths import is_remote, write_whole
 
 
 def read_jsonl(path: epath.Path) -> list[dict[str, Any]]:
@@ -69,6 +69,4 @@ def drop_torn_line(path: epath.Path) -> None:
 
 
 def _replace(path: epath.Path, records: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from deconstruct.config import Config
-from deconstruct.paths import place
+from deconstruct.paths import place, write_whole
 from deconstruct.types import UserError
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ class Workdir:
         self.extensions = self.folder / "extensions"
 
     def write_config(self, config: Config) -> None:
-        temporary = self.folder / "config.json.tmp"
-        temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-        temporary.replace(self.config_file)
+        write_whole(self.config_file, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
 
     def read_config(self) -> Config:
         config = Config.from_dict(self.config_values())

@@ -274,7 +274,12 @@ class Run:
         if model.fixed_text:
             if not epath.Path(model.fixed_text).exists():
                 raise UserError(f"config.model.fixed_text={model.fixed_text}: there is no such file")
-            text = epath.Path(model.fixed_text).read_text()
+            try:
+                text = epath.Path(model.fixed_text).read_bytes().decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"config.model.fixed_text={model.fixed_text}: not UTF-8 at byte {error.start}"
+                ) from None
             tokens = self.tokenizer.encode(text)[: model.fixed_length]
             where = f"config.model.fixed_text={model.fixed_text}"
         else:

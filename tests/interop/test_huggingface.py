@@ -389,9 +389,9 @@ def test_tokenizer_files_are_carried(standard, export, tmp_path):
         import_checkpoint(export, tmp_path / "third")
 
 
-def test_links_that_lead_out_are_not_followed(export, tmp_path):
+def test_links_that_lead_out_are_not_followed(export, tmp_path, tmp_path_factory):
     """A stranger's folder: what its links name would be read, and the tokenizer's files be copied into the workdir."""
-    secret = tmp_path / "secret.json"
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret.json"
     secret.write_text(json.dumps({"model_type": "secret"}))
     for name in ("tokenizer.json", "chat_template.jinja", "config.json", TENSORS):
         own = (export / name).read_bytes() if (export / name).exists() else None
