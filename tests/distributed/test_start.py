@@ -1,11 +1,13 @@
 """How processes find each other, and what each of them says when one is missing or was given something else."""
 
 import argparse
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import portpicker
@@ -171,6 +173,10 @@ def test_a_port_in_use_and_strangers():
         meet(Place(f"localhost:{taken.getsockname()[1]}", 2, 0), 1)
 
     def scan(port):
+        for _ in range(100):  # until process 0 listens
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("localhost", port)):
+                break
+            time.sleep(0.02)
         for words in (b"GET / HTTP/1.0\r\n\r\n", b"{}\n", b"[1]\n", b"\xff\n"):
             with socket.create_connection(("localhost", port)) as stranger:
                 stranger.sendall(words)
