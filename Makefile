@@ -5,9 +5,10 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 INSTALLED := $(VENV)/installed-$(VERSION)
 PEERS := $(VENV)/peers-$(VERSION)
 AOT := $(VENV)/aot-$(VERSION)
+LAUNCHERS := $(VENV)/launchers
 DECONSTRUCT := $(VENV)/bin/deconstruct
 
-.PHONY: quickstart test proof lint table peers clean
+.PHONY: quickstart test proof slurm lint table peers clean
 
 quickstart: $(INSTALLED)
 	$(DECONSTRUCT) prepare --output=prepared/quickstart --vocab-size=1024 --row-length=256 --max-characters=4000000
@@ -19,7 +20,7 @@ test: $(INSTALLED) lint
 	$(VENV)/bin/python -m pytest -n 2 tests
 
 # What is long and real: processes that are killed, clusters of processes, and other projects' programs beside ours.
-proof: $(INSTALLED) $(PEERS) $(AOT)/installed
+proof: $(INSTALLED) $(PEERS) $(AOT)/installed $(LAUNCHERS)/installed-$(VERSION) slurm
 	DECONSTRUCT_PROOF=1 DECONSTRUCT_AOT=$(abspath $(AOT))/bin/python $(VENV)/bin/python -m pytest -n 2 tests -m proof --durations=20
 
 # Perplexity of every variant at a small size, on the .txt files in TEXT. About an hour on two cores.
@@ -44,6 +45,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck launch/*.sh tests/launch/*.sh
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
@@ -61,6 +63,15 @@ $(AOT)/installed: $(INSTALLED)
 	  $$($(AOT)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
 	$(AOT)/bin/pip install --quiet --disable-pip-version-check --editable '.[aot-tpu,aot-cuda]'
 	touch $@
+
+# What reads the launchers' files, apart from the rest: SkyPilot pins many packages.
+$(LAUNCHERS)/installed-$(VERSION): $(INSTALLED)
+	$(PYTHON) -m venv --clear $(LAUNCHERS)
+	$(LAUNCHERS)/bin/pip install --quiet --disable-pip-version-check 'skypilot==0.14.*' 'kubeflow-trainer-api==2.3.*' pyyaml
+	touch $@
+
+slurm:
+	tests/launch/slurm_here.sh install || echo 'make: tests of SLURM are skipped'
 
 clean:
 	rm -rf $(VENV) prepared/quickstart runs/quickstart

@@ -58,8 +58,6 @@ spec:
             - name: train
               image: {image}
               command: {command}
-              ports:
-              - containerPort: {port}
               resources:
                 limits: {limits}
 """
@@ -118,7 +116,6 @@ def job_set(name: str, arguments: argparse.Namespace, train: list[str]) -> str:
         selector=json.dumps(selector),
         image=json.dumps(arguments.image),
         command=json.dumps(["deconstruct", "train", *place, *words]),
-        port=PORT,
         limits=json.dumps(limits),
     )
 

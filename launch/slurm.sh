@@ -16,7 +16,7 @@
 # As a job array over lines of arguments: --runs=FILE, which launch/sweep.py writes.
 #
 #SBATCH --job-name=deconstruct
-#SBATCH --output=%x-%A_%a.log
+#SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@120
 #SBATCH --requeue

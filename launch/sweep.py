@@ -126,7 +126,7 @@ def submit(arguments: argparse.Namespace, runs: list[Run]) -> int:
     file = Path(arguments.workdir) / f"runs-{hashlib.sha256(lines.encode()).hexdigest()[:8]}.txt"
     numbers = ",".join(str(number) for number, run in enumerate(runs, 1) if not run.finished)
     at_once = f"%{arguments.jobs}" if arguments.jobs else ""
-    command = ["sbatch", f"--array={numbers}{at_once}", *shlex.split(arguments.slurm)]
+    command = ["sbatch", f"--array={numbers}{at_once}", "--output=%x-%A_%a.log", *shlex.split(arguments.slurm)]
     command += [str(SLURM_SCRIPT), f"--runs={file.absolute()}"]
     if arguments.dry_run:
         print(shlex.join(command), f"# {file} holds", lines, sep="\n", end="")

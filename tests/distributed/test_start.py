@@ -1,11 +1,13 @@
 """How processes find each other, and what each of them says when one is missing or was given something else."""
 
 import argparse
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import portpicker
@@ -120,6 +122,45 @@ def test_places_that_cannot_be(monkeypatch, environment, words, message):
         place_of(monkeypatch, environment, *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--expect-devices=3",), r"--expect-devices=3: 8 cpu devices are here, 8 on each of 1 processes"),
+        (("--start-timeout=0",), r"--start-timeout=0: must be at least 1 second"),
+    ],
+)
+def test_a_process_alone_checks_too(words, message):
+    parser = argparse.ArgumentParser()
+    runtime.add_arguments(parser)
+    runtime.start(parser.parse_args(["--expect-devices=8"]))
+    with pytest.raises(UserError, match=message):
+        runtime.start(parser.parse_args(words))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    ("words", "visible"), [((), "1"), (("--process-per=gpu",), "1"), (("--process-per=node",), "all")]
+)
+def test_the_gpus_of_a_process_are_what_jax_is_told(words, visible):
+    """Under SLURM, where JAX by itself takes the GPU of the local rank."""
+    script = (
+        "import sys, argparse, jax\n"
+        "from deconstruct.distributed import runtime\n"
+        "parser = argparse.ArgumentParser(); runtime.add_arguments(parser)\n"
+        "runtime.start(parser.parse_args(sys.argv[1:]))\n"
+        "print(jax.config.values['jax_cuda_visible_devices'])\n"
+    )
+    place = [f"--coordinator=localhost:{portpicker.pick_unused_port()}", "--num-processes=1", "--process-id=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *place, *words],
+        env=os.environ | SLURM | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert ended(process) == (0, visible)
+
+
 def meeting(*processes, number=None, timeout=5.0, visitor=None):
     """Lets these processes meet, each in a thread; what each has raised, or None."""
     port = portpicker.pick_unused_port()
@@ -171,6 +212,10 @@ def test_a_port_in_use_and_strangers():
         meet(Place(f"localhost:{taken.getsockname()[1]}", 2, 0), 1)
 
     def scan(port):
+        for _ in range(100):  # until process 0 listens
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("localhost", port)):
+                break
+            time.sleep(0.02)
         for words in (b"GET / HTTP/1.0\r\n\r\n", b"{}\n", b"[1]\n", b"\xff\n"):
             with socket.create_connection(("localhost", port)) as stranger:
                 stranger.sendall(words)

@@ -78,7 +78,13 @@ END
 
 stop() {
     local file
-    SLURM_CONF=$1/slurm.conf scancel --quiet --user="$(id -un)" || true
+    export SLURM_CONF=$1/slurm.conf
+    scancel --quiet --full --signal=KILL --user="$(id -un)" || true
+    scancel --quiet --user="$(id -un)" || true
+    for _ in {1..50}; do
+        [[ $(squeue --noheader 2> /dev/null) ]] || break
+        sleep 0.2
+    done
     for file in slurmd.pid slurmctld.pid munge/pid; do
         if [[ -s $1/$file ]]; then
             kill "$(cat "$1/$file")" || true

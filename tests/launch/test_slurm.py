@@ -1,6 +1,5 @@
 """launch/slurm.sh and sweeps under a real SLURM, which slurm_here.sh sets up on this machine."""
 
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from tests.need import need_programs
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests" / "launch" / "slurm_here.sh"
-STEPS = 1200
+STEPS = 200  # enough that a signal finds them at work
 pytestmark = pytest.mark.proof
 
 
@@ -39,28 +38,17 @@ class Cluster:
     def wait(self, what, ready, limit=240):
         deadline = time.monotonic() + limit
         while not ready():
-            assert time.monotonic() < deadline, f"never: {what}\n{self.logs()}"
+            assert time.monotonic() < deadline, f"never: {what}\n{self.logs()[-5000:]}"
             time.sleep(0.02)
 
-    def until_done(self, limit=240):
-        """Waits until no job is left; a job that is back in the queue is let run at once, not after SLURM's two
-        minutes."""
-
-        def done():
-            jobs = self.jobs()
-            for job, state in jobs.items():
-                if state == "PENDING":
-                    subprocess.run(
-                        ["scontrol", "update", f"JobId={job}", "StartTime=now"],
-                        env=self.environment,
-                        capture_output=True,
-                    )
-            return not jobs
-
-        self.wait("an empty queue", done, limit)
+    def until_done(self, requeued, limit=240):
+        """Waits until no job is left. One that is back in the queue would wait there for two minutes, so that nodes
+        have forgotten its first start: five seconds are enough for one node."""
+        self.run("scontrol", "update", f"JobId={requeued}", "StartTime=now+5")
+        self.wait("an empty queue", lambda: not self.jobs(), limit)
 
     def logs(self):
-        return "\n".join(path.read_text()[-3000:] for path in self.folder.glob("*.log"))
+        return "\n".join(path.read_text() for path in self.folder.glob("*.log"))
 
 
 @pytest.fixture
@@ -90,7 +78,7 @@ def test_a_job_that_is_hit_by_term_saves_is_requeued_and_ends_as_if_nothing_had_
     cluster.wait("back in the queue", lambda: cluster.jobs().get(job) == "PENDING")
     (saved,) = finished_steps(run / "checkpoints")
     assert 20 <= saved < STEPS and len(read_jsonl(run / "metrics.jsonl")) == saved
-    cluster.until_done()
+    cluster.until_done(job)
     log = cluster.logs()
     assert "Exited with exit code 75" in log and "slurm.sh: saved; back into the queue" in log
     assert f"resuming from step {saved}" in log
@@ -130,4 +118,4 @@ def test_a_sweep_as_an_array_one_job_killed_and_repeated(cluster, folder, data, 
     assert cluster.run(*command) == "4 runs, 4 of them finished\n"
     for name in ("variant=standard,seed=0", "variant=standard,seed=1", "variant=mlp,seed=0", "variant=mlp,seed=1"):
         assert [record["step"] for record in trajectory(runs / name)] == list(range(1, STEPS + 1))
-    assert (tmp_path / f"deconstruct-{array}_1.log").exists() and os.listdir(runs)
+    assert (tmp_path / f"deconstruct-{array}_1.log").exists()

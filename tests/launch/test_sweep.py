@@ -79,8 +79,9 @@ def test_dry_runs(sweep, folder, tmp_path, capsys):
 
     assert sweep.main([*words, "--slurm=--gpus-per-node=8 --time=1:00", "--jobs=1", "--", "--process-per=node"]) == 0
     _, command, _, *lines = capsys.readouterr().out.splitlines()
-    assert shlex.split(command)[:4] == ["sbatch", "--array=1,2%1", "--gpus-per-node=8", "--time=1:00"]
-    assert shlex.split(command)[4].endswith("launch/slurm.sh")
+    *submit, script, file = shlex.split(command)
+    assert submit == ["sbatch", "--array=1,2%1", "--output=%x-%A_%a.log", "--gpus-per-node=8", "--time=1:00"]
+    assert script.endswith("launch/slurm.sh") and file.startswith(f"--runs={tmp_path}/runs-")
     assert [shlex.split(line)[2] for line in lines] == ["--process-per=node"] * 2
     with pytest.raises(SystemExit):  # a slip is not handed on to the runs
         sweep.main([*words[:-1], "--dryrun"])
