@@ -20,7 +20,6 @@ retired checkpoints file by file in place, so that a crash leaves a half-deleted
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -35,7 +34,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from deconstruct.paths import is_remote, place
-from deconstruct.run.checksums import checksums
+from deconstruct.run.checksums import checksums, is_signed, sign, unsigned
 from deconstruct.types import RunError, UserError
 
 _MODEL, _TRAIN, _META = "model", "train", "meta"
@@ -45,7 +44,6 @@ _log = logging.getLogger(__name__)
 
 Names = tuple[str, ...]
 _NO_LONGER_SAVED = frozenset({("rng",)})
-_CHECKSUMS, _SHA256 = "checksums", "sha256"  # what `save` adds to the meta
 Result = TypeVar("Result")
 
 
@@ -122,7 +120,7 @@ class Checkpoints:
         empty = [item for item in named if not named[item]]
         if empty:
             raise ValueError(f"checkpoint {step}: there are no arrays in '{empty[0]}'")
-        said = _signed(meta, {item: _checksums(step, item, arrays) for item, arrays in named.items()})
+        said = sign(meta, {item: _checksums(step, item, arrays) for item, arrays in named.items()})
         items = {**{item: _nest(arrays) for item, arrays in named.items()}, _META: said}
         try:
             with self._context:
@@ -215,25 +213,15 @@ def _read_meta(folder: Any, step: int) -> tuple[dict[str, Any], dict[str, dict[s
     """The meta of `step` as it was given to `save`, and the checksums of the arrays by item and name."""
     folder = _require(folder, step)
     found = _reading(folder, step, lambda: json.loads(_meta_file(folder, step).read_text()))
-    # Otherwise it is of a version that wrote no checksums.
-    signed = isinstance(found, dict) and (_SHA256 in found or _CHECKSUMS in found)
+    signed = is_signed(found)  # otherwise it is of a version that wrote no checksums
     if not isinstance(found, dict) or found.get("step", step if signed else None) != step:
         raise _damaged(folder, step, f"{_META}/data.json does not speak of step {step}")
     if not signed:
         return found, {}
-    if found.pop(_SHA256, None) != _sha256(found):
+    said = unsigned(found)
+    if said is None:
         raise _damaged(folder, step, f"{_META}/data.json is not what was saved (its checksum)")
-    return found, found.pop(_CHECKSUMS)
-
-
-def _signed(meta: dict[str, Any], sums: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """The meta as it is written: as JSON has it, with the checksums of the arrays and its own."""
-    said = {**json.loads(json.dumps(meta)), _CHECKSUMS: sums}
-    return {**said, _SHA256: _sha256(said)}
-
-
-def _sha256(said: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return said
 
 
 def _checksums(step: int, item: str, arrays: dict[Names, Any]) -> dict[str, int]:

@@ -7,11 +7,16 @@ two below 2^32, and any other damage but for one in 2^32.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_ARRAYS, _OWN = "checksums", "sha256"  # keys that `sign` adds
 
 
 def checksums(arrays: Sequence[jax.Array]) -> tuple[list[int], list[bool]]:
@@ -20,6 +25,29 @@ def checksums(arrays: Sequence[jax.Array]) -> tuple[list[int], list[bool]]:
         return [], []
     sums, finite = jax.device_get(_program(tuple(arrays)))
     return [int(value) for value in sums], [bool(value) for value in finite]
+
+
+def sign(meta: dict[str, Any], sums: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """A description, as JSON has it, with the checksums of the arrays it describes and one of its own."""
+    said = {**json.loads(json.dumps(meta)), _ARRAYS: sums}
+    return {**said, _OWN: _sha256(said)}
+
+
+def is_signed(found: Any) -> bool:
+    """Whether it was once signed, whatever has become of it."""
+    return isinstance(found, dict) and (_OWN in found or _ARRAYS in found)
+
+
+def unsigned(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, int]]] | None:
+    """What was signed, and the checksums of the arrays; None where it is not what was signed."""
+    said = {key: value for key, value in found.items() if key != _OWN}
+    if found.get(_OWN) != _sha256(said):
+        return None
+    return said, said.pop(_ARRAYS)
+
+
+def _sha256(said: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit
