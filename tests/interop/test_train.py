@@ -13,6 +13,7 @@ from deconstruct.interop.export_checkpoint import export_checkpoint
 from deconstruct.interop.huggingface import flat
 from deconstruct.interop.import_checkpoint import import_checkpoint
 from deconstruct.run import checkpoint
+from deconstruct.run.checksums import sign, unsigned
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.restore import restore_model
 from deconstruct.run.workdir import Workdir
@@ -84,8 +85,8 @@ def test_what_an_import_does_not_go_with(folder, tmp_path):
     with pytest.raises(UserError, match=r"config.model.num_layers=3, but this workdir holds a run with 2"):
         train(run_config(tmp_path / "w", folder / "prepared", **{"model.num_layers": 3}), tmp_path / "w")
     meta_file = tmp_path / "w" / "checkpoints" / "0" / "meta" / "data.json"
-    meta = json.loads(meta_file.read_text())
-    meta_file.write_text(json.dumps({**meta, "tokenizer": "f" * 64}))
+    meta, sums = unsigned(json.loads(meta_file.read_text()))
+    meta_file.write_text(json.dumps(sign({**meta, "tokenizer": "f" * 64}, sums)))
     with pytest.raises(UserError, match=r"its tokenizer is .*, the checkpoint was trained with ffffffffffff"):
         train(run_config(tmp_path / "w", folder / "prepared"), tmp_path / "w")
 

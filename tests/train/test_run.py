@@ -89,7 +89,8 @@ def test_the_sessions_of_a_run(whole):
     assert (spent.sessions, spent.lost_steps) == (1, 0) and spent.seconds["lost"] == 0
     assert sum(spent.seconds.values()) == pytest.approx(spent.wall)
     logged = [record["seconds"] for record in read_jsonl(Workdir(whole).metrics)]
-    assert spent.seconds["steps"] == pytest.approx(sum(s.get("step", 0) for s in logged), rel=0.1, abs=0.05)
+    # What was measured after the last line was written, that line does not have.
+    assert 0.9 * sum(s.get("step", 0) for s in logged) <= spent.seconds["steps"] <= spent.wall
     assert not (whole / ".lock.json").exists()
 
 
