@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from deconstruct.attention.registry import FORMS
 from deconstruct.config import MeshConfig
 from deconstruct.distributed.mesh import check_batch, make_mesh, parse_mesh, single_device_mesh
 from deconstruct.distributed.sharding import RULES, batch_spec, constrain, spec, state_shardings
@@ -262,6 +263,14 @@ def test_eight_devices_compute_what_one_does(name):
 @pytest.mark.parametrize("name", PARTS)
 def test_other_meshes_compute_the_same(name):
     check_eight_devices(tiny_config({"num_layers": 1}, variant=name, layout="uniform").model, ((8, 1), (4, 2)))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("form", FORMS)
+def test_eight_devices_with_grouped_queries(form):
+    """Two key heads for four query heads, one on each of two tensor devices."""
+    sizes = {"num_layers": 2, "num_kv_heads": 2}
+    check_eight_devices(tiny_config(sizes, variant=f"hidden/{form}", layout="even").model, ((4, 2),))
 
 
 @pytest.mark.proof
