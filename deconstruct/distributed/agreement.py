@@ -7,21 +7,20 @@ Through the key-value store of JAX's coordination service, which needs no compil
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax._src import distributed  # the client is not public; `multihost_utils` has only barriers without a time limit
 
+from deconstruct.distributed import lifeline
 from deconstruct.types import PeerError, UserError
 
 _ROOT = "deconstruct"
-_FAILED = f"{_ROOT}/failed"
 _POLL = 0.2  # seconds
 _MISSING = "nothing"
 _numbers = itertools.count()
@@ -56,21 +55,6 @@ def agree(what: str, value: Callable[[], dict[str, Any]], remedy: str = "start t
         raise (UserError if verdict["mistake"] else PeerError)(verdict["message"])
 
 
-@contextlib.contextmanager
-def told_to_the_others() -> Iterator[None]:
-    """An error inside is written down for the processes that wait for this one."""
-    try:
-        yield
-    except BaseException as error:
-        client = distributed.global_state.client
-        if client is not None:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            said = {"host": socket.gethostname(), "message": lines[0], "mistake": isinstance(error, UserError)}
-            with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):  # the service may be gone by now
-                client.key_value_set(f"{_FAILED}/{distributed.global_state.process_id}", json.dumps(said))
-        raise
-
-
 def _judge(client: Any, topic: str, what: str, remedy: str) -> dict[str, Any]:
     deadline = time.monotonic() + _limit
     while True:
@@ -78,7 +62,7 @@ def _judge(client: Any, topic: str, what: str, remedy: str) -> dict[str, Any]:
         if len(said) == jax.process_count():
             message = _difference([said[process] for process in range(jax.process_count())])
             return {"message": message and f"{message}; {remedy}", "mistake": True}
-        failure = _failure(client)
+        failure = _failure()
         if failure:
             return failure
         if time.monotonic() > deadline:
@@ -96,7 +80,7 @@ def _await_verdict(client: Any, topic: str, what: str) -> dict[str, Any]:
     while True:
         for _, text in client.key_value_dir_get(f"{topic}/verdict/"):
             return json.loads(text)
-        failure = _failure(client, process=0)
+        failure = _failure()
         if failure:
             return failure
         if time.monotonic() > deadline:
@@ -104,13 +88,9 @@ def _await_verdict(client: Any, topic: str, what: str) -> dict[str, Any]:
         time.sleep(_POLL)
 
 
-def _failure(client: Any, process: int | None = None) -> dict[str, Any] | None:
-    for key, text in client.key_value_dir_get(f"{_FAILED}/"):
-        if process in (None, _process(key)):
-            said = json.loads(text)
-            message = f"process {_process(key)} ({said['host']}) has ended: {said['message']}"
-            return {"message": message, "mistake": said["mistake"]}
-    return None
+def _failure() -> dict[str, Any] | None:
+    failure = lifeline.failure()
+    return failure and {"message": lifeline.sentence(failure), "mistake": failure["mistake"]}
 
 
 def _difference(said: list[dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """Processes meet before JAX connects them: a missing one is named, where JAX would abort after its time limit.
 
 Process 0 listens on the coordinator's port, where JAX's own service will be; the others report there and wait for
-word that all have come. One line of JSON goes each way.
+word that all have come. One line of JSON goes each way. The connections are kept: see `lifeline`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ import json
 import os
 import socket
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from deconstruct.distributed.cluster import Place
+from deconstruct.distributed.lifeline import Peer
 from deconstruct.types import PeerError, UserError
 
 _LINE = 65536  # bytes at most
 _PATIENCE = 5.0  # seconds for a visitor to say who it is, and beyond the limit for the answer to arrive
 
 
-def meet(place: Place, timeout: float) -> None:
-    """Returns when all processes have come. Raises PeerError, naming those that have not within `timeout` seconds, and
-    UserError where two say they are the same or disagree on how many there are."""
-    if place.process == 0:
-        _host(place, timeout)
-    else:
-        _visit(place, timeout)
+def meet(place: Place, timeout: float) -> list[Peer]:
+    """Returns when all processes have come, with connections: process 0's to all the others, and theirs to it.
+
+    Raises PeerError, naming those that have not come within `timeout` seconds, and UserError where two say they are the
+    same or disagree on how many there are.
+    """
+    return _host(place, timeout) if place.process == 0 else [_visit(place, timeout)]
 
 
-def _host(place: Place, timeout: float) -> None:
+def _host(place: Place, timeout: float) -> list[Peer]:
     port = int(place.coordinator.rpartition(":")[2])
     deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
@@ -40,7 +41,7 @@ def _host(place: Place, timeout: float) -> None:
             raise UserError(
                 f"--coordinator={place.coordinator}: cannot listen on port {port} here ({why}); another may be free"
             ) from None
-        visitors: dict[int, socket.socket] = {}
+        visitors: dict[int, Peer] = {}
         try:
             _receive(place, server, visitors, deadline, stack)
             missing = sorted(set(range(1, place.processes)) - set(visitors))
@@ -52,10 +53,10 @@ def _host(place: Place, timeout: float) -> None:
         except (UserError, PeerError) as error:
             _answer(visitors, {"refused": str(error), "mistake": isinstance(error, UserError)})
             raise
-        _answer(visitors, {})
-        for visitor in visitors.values():  # they hang up first, so that the port is free at once
-            with contextlib.suppress(OSError):
-                visitor.recv(1)
+        _answer(visitors, {"host": socket.gethostname()})
+        stack.pop_all()  # they stay connected
+        server.close()
+        return list(visitors.values())
 
 
 def _listen(port: int) -> socket.socket:
@@ -67,7 +68,7 @@ def _listen(port: int) -> socket.socket:
 def _receive(
     place: Place,
     server: socket.socket,
-    visitors: dict[int, socket.socket],
+    visitors: dict[int, Peer],
     deadline: float,
     stack: contextlib.ExitStack,
 ) -> None:
@@ -79,63 +80,61 @@ def _receive(
             return
         stack.enter_context(visitor)
         visitor.settimeout(_PATIENCE)
-        said = _read(visitor)
+        lines = visitor.makefile("rb")
+        said = _read(lines)
         if said is None or "process" not in said:
-            continue  # not one of us
+            visitor.close()  # not one of us
+            continue
         process = said["process"]
+        peer = Peer(process, said["host"], visitor, lines)
         if said["processes"] != place.processes:
-            visitors[-1] = visitor
+            visitors[-1] = peer
             raise UserError(
                 f"process {process} ({said['host']}) was told of {said['processes']} processes, process 0 of "
                 f"{place.processes}; --num-processes must be the same everywhere"
             )
         if process in visitors or process == 0:
-            visitors[-1] = visitor
+            visitors[-1] = peer
             raise UserError(f"two processes are number {process}, one of them on {said['host']}")
-        visitors[process] = visitor
+        visitors[process] = peer
 
 
-def _visit(place: Place, timeout: float) -> None:
+def _visit(place: Place, timeout: float) -> Peer:
     host, _, port = place.coordinator.rpartition(":")
     deadline = time.monotonic() + timeout
     said = {"process": place.process, "processes": place.processes, "host": socket.gethostname()}
-    answer = None
     reached = False
-    while answer is None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            what = "left without a word" if reached else "was not found"
-            raise PeerError(
-                f"process 0 {what} at {place.coordinator} within {timeout:g} s; this is process {place.process}"
-            )
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=min(left, _PATIENCE)) as connection:
-                connection.sendall(json.dumps(said).encode() + b"\n")
-                connection.settimeout(left + _PATIENCE)
-                reached = True
-                answer = _read(connection)
-        except OSError:
-            pass
-        if answer is None:
-            time.sleep(min(0.2, max(left, 0)))
-    if "refused" in answer:
-        raise (UserError if answer["mistake"] else PeerError)(answer["refused"])
+    while (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection((host.strip("[]"), int(port)), timeout=min(left, _PATIENCE))
+            connection.sendall(json.dumps(said).encode() + b"\n")
+            connection.settimeout(left + _PATIENCE)
+            reached = True
+            lines = connection.makefile("rb")
+            answer = _read(lines)
+            if answer is not None and "refused" in answer:
+                raise (UserError if answer["mistake"] else PeerError)(answer["refused"])
+            if answer is not None:
+                return Peer(0, answer["host"], connection, lines)
+            connection.close()
+        time.sleep(0.2)
+    what = "left without a word" if reached else "was not found"
+    raise PeerError(f"process 0 {what} at {place.coordinator} within {timeout:g} s; this is process {place.process}")
 
 
-def _read(connection: socket.socket) -> dict[str, Any] | None:
+def _read(lines: BinaryIO) -> dict[str, Any] | None:
     """One line of JSON, or None for anything else."""
     try:
-        line = connection.makefile("rb").readline(_LINE)
-        said = json.loads(line)
+        said = json.loads(lines.readline(_LINE))
     except (OSError, ValueError):
         return None
     return said if isinstance(said, dict) else None
 
 
-def _answer(visitors: dict[int, socket.socket], answer: dict[str, Any]) -> None:
+def _answer(visitors: dict[int, Peer], answer: dict[str, Any]) -> None:
     for visitor in visitors.values():
-        with contextlib.suppress(OSError):  # one that has gone is missed at the next check
-            visitor.sendall(json.dumps(answer).encode() + b"\n")
+        with contextlib.suppress(OSError):  # one that has gone is missed at once
+            visitor.connection.sendall(json.dumps(answer).encode() + b"\n")
 
 
 def _processes(numbers: list[int]) -> str:

@@ -6,7 +6,8 @@ import argparse
 
 import jax
 
-from deconstruct.distributed.agreement import agree, limit_waiting, told_to_the_others
+from deconstruct.distributed import lifeline
+from deconstruct.distributed.agreement import agree, limit_waiting
 from deconstruct.distributed.cluster import find_place
 from deconstruct.distributed.meeting import meet
 from deconstruct.types import UserError
@@ -51,7 +52,7 @@ def start(arguments: argparse.Namespace) -> None:
         raise UserError(f"--start-timeout={arguments.start_timeout}: must be at least 1 second")
     place = find_place(arguments, arguments.start_timeout)
     if place is not None:
-        meet(place, arguments.start_timeout)
+        lifeline.hold(place.process, meet(place, arguments.start_timeout))
         jax.distributed.initialize(
             place.coordinator,
             place.processes,
@@ -65,7 +66,7 @@ def start(arguments: argparse.Namespace) -> None:
     if arguments.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", arguments.compilation_cache)
     expected = arguments.expect_devices if arguments.expect_devices is not None else place and place.devices
-    with told_to_the_others():
+    with lifeline.told_to_the_others():
         agree(
             "devices",
             lambda: {"jax": jax.__version__, "platform": jax.default_backend(), "devices": jax.local_device_count()},

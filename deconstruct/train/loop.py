@@ -27,7 +27,8 @@ from deconstruct.costs import accounting
 from deconstruct.data import pipeline, tokenizer
 from deconstruct.data.manifest import Manifest, load_manifest
 from deconstruct.distributed import runtime
-from deconstruct.distributed.agreement import agree, told_to_the_others
+from deconstruct.distributed.agreement import agree
+from deconstruct.distributed.lifeline import told_to_the_others
 from deconstruct.distributed.mesh import check_batch
 from deconstruct.distributed.sharding import batch_spec
 from deconstruct.distributed.stop import StopSignal

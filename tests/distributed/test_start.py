@@ -168,7 +168,9 @@ def meeting(*processes, number=None, timeout=5.0, visitor=None):
 
     def take_part(slot, process, of):
         try:
-            meet(Place(f"localhost:{port}", of, process), timeout)
+            for peer in meet(Place(f"localhost:{port}", of, process), timeout):
+                peer.lines.close()
+                peer.connection.close()
         except (PeerError, UserError) as error:
             ended[slot] = error
 
@@ -176,10 +178,11 @@ def meeting(*processes, number=None, timeout=5.0, visitor=None):
         threading.Thread(target=take_part, args=(slot, *(p if isinstance(p, tuple) else (p, number or len(processes)))))
         for slot, p in enumerate(processes)
     ]
-    for thread in threads:
-        thread.start()
+    threads[0].start()
     if visitor:
         visitor(port)
+    for thread in threads[1:]:
+        thread.start()
     for thread in threads:
         thread.join()
     return ended
@@ -361,6 +364,25 @@ def test_a_process_that_never_comes_or_falls_silent(folder, data, tmp_path):
     status, line = ended(first)
     assert (status, line) == (0, "PeerError process 1 has not come to the check of 'sleep' within 3 s")
     second.wait(timeout=60)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_death_of_one_is_seen_by_the_other_at_once(folder, data, tmp_path, victim):
+    pair = Pair(folder, tmp_path / "run", data[0])
+    processes = [pair.start(number, "--config.steps=100000") for number in range(2)]
+    deadline = time.monotonic() + 120
+    while len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) < 5:
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.01)
+    processes[victim].kill()
+    begun = time.monotonic()
+    out, _ = processes[1 - victim].communicate(timeout=60)
+    assert processes[1 - victim].returncode == 1 and time.monotonic() - begun < 10
+    host = socket.gethostname()
+    assert f"process {victim} ({host}) has died; run the same command to go on from the latest checkpoint\n" in out
+    assert "Traceback" not in out and "Check failure" not in out
+    processes[victim].communicate(timeout=60)
 
 
 @pytest.mark.proof

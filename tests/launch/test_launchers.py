@@ -245,5 +245,6 @@ def test_local_stops_the_others_when_one_dies(environment, folder, data, tmp_pat
     os.kill(int(children[1]), signal.SIGKILL)
     begun = time.monotonic()
     process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGKILL and time.monotonic() - begun < 90
+    assert process.returncode in (1, 128 + signal.SIGKILL)  # whichever of them is seen first
+    assert time.monotonic() - begun < 30
     assert not any(Path(f"/proc/{child}").exists() for child in children)

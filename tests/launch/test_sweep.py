@@ -109,7 +109,7 @@ def test_what_has_finished_is_known_by_its_last_checkpoint(sweep, folder, tmp_pa
 def test_a_sweep_here_one_killed_and_repeated(environment, folder, data, tmp_path):
     """Four runs, two at a time; one is killed, and the same command runs that one alone."""
     command = [sys.executable, str(SCRIPT), f"--config={folder}/tiny.py", f"--workdir={tmp_path}", "--jobs=2"]
-    command += ["--over=variant=standard,mlp", "--over=config.seed=0,1", f"--config.data={data}", "--config.steps=400"]
+    command += ["--over=variant=standard,mlp", "--over=config.seed=0,1", f"--config.data={data}", "--config.steps=150"]
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "variant=mlp,seed=1" / "metrics.jsonl"
     deadline = time.monotonic() + 240
@@ -128,4 +128,4 @@ def test_a_sweep_here_one_killed_and_repeated(environment, folder, data, tmp_pat
     third = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert third.stdout == "4 runs, 4 of them finished\n"
     for workdir in tmp_path.glob("*/"):
-        assert [record["step"] for record in read_jsonl(workdir / "metrics.jsonl")] == list(range(1, 401))
+        assert [record["step"] for record in read_jsonl(workdir / "metrics.jsonl")] == list(range(1, 151))
