@@ -65,8 +65,10 @@ class Cluster:
 
 
 class Loop:
-    def __init__(self, folder: Path, data: Path, seed: int):
-        self.folder, self.draw = folder, random.Random(seed)
+    """`clusters`: the share of starts that are of two processes."""
+
+    def __init__(self, folder: Path, data: Path, seed: int, clusters: float = 0.15):
+        self.folder, self.draw, self.clusters = folder, random.Random(seed), clusters
         folder.mkdir(parents=True, exist_ok=True)
         self.environment = {
             **{key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},
@@ -102,7 +104,7 @@ class Loop:
     def _until_it_ends(self, workdir: Path, kills: int) -> None:
         finished: list[int] = []
         for _ in range(200):
-            processes = 2 if self.draw.random() < 0.15 else 1
+            processes = 2 if self.draw.random() < self.clusters else 1
             last = sum(self.kills.values()) >= kills
             cluster = Cluster(self, workdir, 1 if last else processes)
             try:
