@@ -85,7 +85,8 @@ class Loop:
         self.runs = 0
 
     def undisturbed(self) -> Path:
-        """The run that all others are compared with; also how long one takes, by which moments are drawn."""
+        """The run that all others are compared with; also how long one takes, by which moments are drawn. It compiles,
+        which the others need not."""
         cluster = Cluster(self, self.folder / "whole", 1)
         if not cluster.wait(300) or cluster.statuses() != [0]:
             raise AssertionError(cluster.log.read_text()[-3000:])
@@ -108,7 +109,7 @@ class Loop:
             last = sum(self.kills.values()) >= kills
             cluster = Cluster(self, workdir, 1 if last else processes)
             try:
-                if last or cluster.wait(self.draw.uniform(0, 1.1 * self.seconds)):
+                if last or cluster.wait(self.draw.uniform(0, 0.6 * self.seconds)):
                     if not cluster.wait(300) or set(cluster.statuses()) != {0}:
                         raise AssertionError(f"{cluster.statuses()}: {cluster.log.read_text()[-3000:]}")
                 else:
