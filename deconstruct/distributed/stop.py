@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
-from types import FrameType
 from typing import Any
 
 import jax
@@ -18,6 +18,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopSignal:
     """Within it, the first SIGTERM or SIGINT asks for an end after the step under way, the second ends the process at
     once, with the status 128 + its number.
+
+    A thread of its own hears them: Python runs a handler only when the main thread is back from what it waits for, and
+    that may be minutes of compiling.
 
     Alone, a process asks itself. Of several, each puts a flag on its devices at every step, and what all read is the
     sum: a sum over the mesh costs less than asking a service, and no process can go on while another stops.
@@ -32,14 +35,27 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            hears, self._told = socket.socketpair()
+            self._told.setblocking(False)
+            self._told_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+            threading.Thread(target=self._hear, args=(hears,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._told_before)
+            self._told.close()  # which ends the thread
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _hear(self, hears: socket.socket) -> None:
+        with hears:
+            while heard := hears.recv(1):
+                if heard[0] in SIGNALS:
+                    self._handle(heard[0])
+
+    def _handle(self, number: int) -> None:
         name = signal.Signals(number).name
         if self.received is not None:
             _say(f"received {name} again: ends now\n")

@@ -86,6 +86,7 @@ def test_files_of_another_kind_give_the_same_rows(tmp_path, prepared, documents)
     assert prepare(options(tmp_path / "out", path))["fingerprint"] == load_manifest(prepared).fingerprint
 
 
+@pytest.mark.proof
 def test_workers_and_a_kill_change_nothing(tmp_path):
     # Several units: .jsonl files are one each.
     text = tmp_path / "text"

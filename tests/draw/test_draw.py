@@ -83,6 +83,7 @@ def test_the_verb_draws_curves_of_runs(tmp_path, capsys):
     assert output.read_text().count("<svg") == 1
 
 
+@pytest.mark.proof
 def test_the_verb_draws_the_maps_of_a_run(fixed, tmp_path, capsys):  # noqa: F811
     words = ["draw", "maps", f"--workdir={fixed}", "--text=fog under the sea"]
     assert cli.main([*words, f"--output={tmp_path / 'maps.png'}"]) == 0

@@ -150,6 +150,7 @@ def test_follow_yields_each_step_once_oldest_first(run):
     assert list(steps) == [8]
 
 
+@pytest.mark.proof
 def test_skipping_gives_other_numbers(run, fixed):
     numbers = {}
     for words in ((), ("--skip",), ("--skip=mixer",)):

@@ -51,6 +51,7 @@ def test_greedy_is_the_same_with_and_without_a_cache(name, layout, text):
     assert len({tuple(request.output) for request in asked}) == 3
 
 
+@pytest.mark.proof
 def test_a_request_does_not_depend_on_its_company(text):
     """Drawn from its own seed: alone, in a batch, in batches of another size."""
     model = tiny_model("approximate", text.vocab_size)

@@ -167,6 +167,7 @@ def test_replaced_layers_keep_what_fits(standard, tmp_path):
     ]
 
 
+@pytest.mark.proof
 def test_a_hybrid_can_be_replaced_again(standard, tmp_path):
     import_checkpoint(standard / "export", tmp_path / "mlp", layout="even", variant="mlp")
     export_checkpoint(tmp_path / "mlp", tmp_path / "export")

@@ -55,6 +55,7 @@ def run_config(workdir, data, **changes):
     return load_config(f"configs/workdir.py:{workdir}", **{**settings, "data": str(data), **changes})
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("variant", quick(["standard", "fixed_seq_qk"], ["standard"]))
 def test_train_starts_from_an_import(folder, tmp_path, variant):
     options = {} if variant == "standard" else {"layout": "even", "variant": variant}

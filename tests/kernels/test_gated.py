@@ -124,12 +124,14 @@ def test_values_and_gradients(form, shape):
     oracle.assert_all_near(got, _wanted(form, shape), 1e-12)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("form", FORMS)
 def test_float32(form):
     got = value_and_gradients(form, "chunks", *inputs(form, GQA), "float32")
     oracle.assert_all_near(got, _wanted(form, GQA), oracle.FLOAT32)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16(form):
     """The inputs are rounded first, for both. Then keys, weights, corrections, state and output are, each by 2^-9, and

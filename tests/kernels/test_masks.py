@@ -36,6 +36,7 @@ def _wanted(form, window, documents=True, shape=SHAPE):
     return oracle.value_and_gradients(masked(form, mask), oracle.inputs(shape), "float64")
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("form", FORMS)
 def test_the_definition_gives_each_document_what_it_has_alone(form):
     """In values and gradients; what is alone is mixed by the definition without a mask."""

@@ -32,6 +32,7 @@ def test_prefill_and_steps_are_the_full_forward_pass(name):
     check_decoding(name, "uniform", {"num_layers": 1})
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", quick(PAPER_NAMES[1:], ["mlp", "fixed_seq_qk"]))
 def test_hybrids_decode_alike(name):
     check_decoding(name, "even", {})
@@ -71,6 +72,7 @@ def test_a_long_cache_that_is_not_full(name, layout):
     np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))  # float32 sums in another order
 
 
+@pytest.mark.proof
 def test_scanned_and_unrolled_models_decode_alike():
     config = tiny_config({"num_layers": 4, "init_std": 0.2}, variant="non_approximate", layout="even").model
     tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, config.vocab_size)

@@ -77,6 +77,7 @@ def test_a_mixed_layout_keeps_layers_in_order():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients, loop_gradients)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("scan", quick([True, False], [True]))
 def test_remat_changes_no_gradient(scan):
     config = hybrid("even", layers=4, scan=scan)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,33 @@ def test_what_zero_stands_for_may_be_spelled_out():
 def test_other_data_is_refused(whole, other_prepared):
     with pytest.raises(UserError, match=r"config.data=.*its (tokenizer|fingerprint) is .*the checkpoint was trained"):
         train(run_config(other_prepared), whole)
+
+
+def flip(folder):
+    """One bit of an array: Orbax keeps a second copy of small ones, which is not read."""
+    path = max((folder / "train" / "d").iterdir(), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_is_the_same(whole, prepared, tmp_path, caplog):
+    run = shutil.copytree(whole, tmp_path / "run")
+    flip(run / "checkpoints" / "12")
+    (run / "checkpoints" / "9" / "meta" / "data.json").write_text("{}")
+    with caplog.at_level("WARNING"):
+        assert train(run_config(prepared, steps=13), run) == 0
+    assert "12 is damaged: " in caplog.text and "; the one before is step 9" in caplog.text
+    assert "9 is damaged: meta/data.json does not speak of step 9; the one before is step 6" in caplog.text
+    assert "12 is set aside as 12.damaged; going on from step 6" in caplog.text
+    assert finished_steps(run / "checkpoints") == [9, 12, 13]
+    assert trajectory(run)[:12] == trajectory(whole)
+    for step in (9, 12, 13):
+        (run / "checkpoints" / str(step) / "meta" / "data.json").write_text("null")
+    before = sorted(p.name for p in (run / "checkpoints").iterdir())
+    with pytest.raises(UserError, match=r"9 is damaged: .*; there is none before it"):
+        train(run_config(prepared), run)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
 
 
 def test_a_missing_fixed_text_is_named(prepared, tmp_path):
