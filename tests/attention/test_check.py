@@ -9,6 +9,7 @@ import deconstruct as dc
 from deconstruct.attention.forms.softmax import Softmax
 from deconstruct.attention.registry import FORMS, MIXERS, SOURCES
 from deconstruct.attention.rows import ROWS
+from deconstruct.distributed.sharding import RULES
 from deconstruct.kernels import reference
 from deconstruct.kernels.mask import CAUSAL
 from deconstruct.layers import constant_param
@@ -192,9 +193,9 @@ def test_a_mixer_and_its_options():
     assert report["rows"].detail == "it has no map" and report["documents"].detail == "not served"
     assert report["parameters"].detail.startswith("32 at width 32, -4,160; beside its MLP -32")
     assert failures(Mean, ahead=True)["causal"].startswith("position 0 changes when position 14 does")
+    known = ", ".join(RULES)
     assert failures(Mean, axis="width") == {
-        "parameters": "scale (32,): the axis 'width' is unknown; expected None, vocab, embed, heads, kv_heads, mlp, "
-        "mixer_mlp, batch, length, act_heads, act_vocab"
+        "parameters": f"scale (32,): the axis 'width' is unknown; expected None, {known}"
     }
     assert failures(Mean, keeps=True)["parameters"].startswith("rngs.params.")
 
