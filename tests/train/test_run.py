@@ -222,7 +222,7 @@ class Launch:
 
     def finish(self, *processes, status=0):
         for process in processes:
-            assert process.wait(timeout=180) == status, self.log.read_text()
+            assert process.wait(timeout=400) == status, self.log.read_text()
 
 
 def kill_when(process, ready, what, limit=120):
