@@ -286,97 +286,114 @@ def _end_of_text(config: Config) -> int:
 
 
 def _check_values(config: Config) -> None:
-    model, optimizer = config.model, config.optimizer
-
-    def require(holds: bool, key: str, value: Any, what: str) -> None:
-        if not holds:
-            raise UserError(f"config.{key}={value}: {what}")
-
+    """Raises UserError for the first key whose value cannot be had, alone or beside the others."""
     for key, kind in known_keys().items():
         value: Any = config
         for name in key.split("."):
             value = getattr(value, name)
-        require(kind is not float or math.isfinite(value), key, value, "must be finite")
-        require(key not in LARGEST or value <= LARGEST[key], key, value, f"must be at most {LARGEST.get(key)}")
+        _require(kind is not float or math.isfinite(value), key, value, "must be finite")
+        _require(key not in LARGEST or value <= LARGEST[key], key, value, f"must be at most {LARGEST.get(key)}")
+    _check_run(config)
+    _check_model(config)
+    _check_mesh(config.mesh)
+    _check_optimizer(config)
+
+
+def _require(holds: bool, key: str, value: Any, what: str) -> None:
+    if not holds:
+        raise UserError(f"config.{key}={value}: {what}")
+
+
+def _check_run(config: Config) -> None:
     for key in ("steps", "batch_size", "sequence_length", "checkpoint_every", "log_every", "accumulation"):
-        require(getattr(config, key) >= 1, key, getattr(config, key), "must be at least 1")
+        _require(getattr(config, key) >= 1, key, getattr(config, key), "must be at least 1")
+    _require(config.variant != "", "variant", "", "expected a name, such as standard")
+    _require(config.seed >= 0, "seed", config.seed, "must not be negative")
+    _require(config.learning_rate > 0, "learning_rate", config.learning_rate, "must be positive")
+    _require(
+        config.batch_size % config.accumulation == 0,
+        "accumulation",
+        config.accumulation,
+        f"does not divide batch_size={config.batch_size}; {_divisors(config.batch_size, config.accumulation)} would",
+    )
+    keep, period, faults = config.checkpoint.keep, config.checkpoint.keep_period, config.faults
+    _require(keep >= 1, "checkpoint.keep", keep, "must be at least 1")
+    _require(period >= 0, "checkpoint.keep_period", period, "must not be negative")
+    _require(faults.in_a_row >= 1, "faults.in_a_row", faults.in_a_row, "must be at least 1")
+    _require(faults.spike == 0 or faults.spike > 1, "faults.spike", faults.spike, "must be more than 1, or 0: none")
+    _require(faults.no_step_for >= 0, "faults.no_step_for", faults.no_step_for, "must not be negative")
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
     for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads"):
-        require(getattr(model, key) >= 1, f"model.{key}", getattr(model, key), "must be at least 1")
-    require(model.end_of_text >= -1, "model.end_of_text", model.end_of_text, "expected an id, or -1: the tokenizer's")
+        _require(getattr(model, key) >= 1, f"model.{key}", getattr(model, key), "must be at least 1")
+    _require(model.end_of_text >= -1, "model.end_of_text", model.end_of_text, "expected an id, or -1: the tokenizer's")
     for key in ("num_kv_heads", "head_dim", "vocab_size", "fixed_length", "init_std", "fixed_std"):
-        require(getattr(model, key) >= 0, f"model.{key}", getattr(model, key), "must not be negative")
-    require(config.variant != "", "variant", "", "expected a name, such as standard")
+        _require(getattr(model, key) >= 0, f"model.{key}", getattr(model, key), "must not be negative")
     for key in ("rope_theta", "norm_epsilon"):
-        require(getattr(model, key) > 0, f"model.{key}", getattr(model, key), "must be positive")
-    require(config.seed >= 0, "seed", config.seed, "must not be negative")
-    require(config.learning_rate > 0, "learning_rate", config.learning_rate, "must be positive")
-    require(model.block in ("qwen2", "qwen3"), "model.block", model.block, "expected qwen2 or qwen3")
-    require(model.dtype in ("float32", "bfloat16"), "model.dtype", model.dtype, "expected float32 or bfloat16")
-    require(
+        _require(getattr(model, key) > 0, f"model.{key}", getattr(model, key), "must be positive")
+    _require(model.block in ("qwen2", "qwen3"), "model.block", model.block, "expected qwen2 or qwen3")
+    _require(model.dtype in ("float32", "bfloat16"), "model.dtype", model.dtype, "expected float32 or bfloat16")
+    _require(
         model.head_dim != 0 or model.hidden_size % model.num_heads == 0,
         "model.num_heads",
         model.num_heads,
         f"does not divide model.hidden_size={model.hidden_size}; "
         f"{_divisors(model.hidden_size, model.num_heads)} would, or any number with a model.head_dim that is not 0",
     )
-    require(
+    _require(
         model.head_dim % 2 == 0,
         "model.head_dim",
         model.head_dim,
         f"is odd, which RoPE cannot rotate; {model.head_dim + 1} would do",
     )
-    require(
+    _require(
         model.head_size % 2 == 0,
         "model.num_heads",
         model.num_heads,
         f"gives heads of the odd width {model.head_size}, which RoPE cannot rotate; an even model.head_dim would do",
     )
-    require(
+    _require(
         model.num_heads % model.kv_heads == 0,
         "model.num_kv_heads",
         model.num_kv_heads,
         f"does not divide model.num_heads={model.num_heads}; {_divisors(model.num_heads, model.kv_heads)} would",
     )
-    require(
-        config.batch_size % config.accumulation == 0,
-        "accumulation",
-        config.accumulation,
-        f"does not divide batch_size={config.batch_size}; {_divisors(config.batch_size, config.accumulation)} would",
-    )
-    require(
+    _require(
         model.fixed_length == 0 or model.fixed_length >= config.sequence_length,
         "model.fixed_length",
         model.fixed_length,
         f"the fixed stream is shorter than sequence_length={config.sequence_length}; 0 would do",
     )
-    for axis in dataclasses.fields(config.mesh):
-        size = getattr(config.mesh, axis.name)
-        require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "expected a number of devices, or -1 for the rest")
-    require(
-        config.mesh.tensor != -1 or -1 not in (config.mesh.data, config.mesh.fsdp),
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+    for axis in dataclasses.fields(mesh):
+        size = getattr(mesh, axis.name)
+        _require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "expected a number of devices, or -1 for the rest")
+    _require(
+        mesh.tensor != -1 or -1 not in (mesh.data, mesh.fsdp),
         "mesh",
-        config.mesh,
+        mesh,
         "beside tensor=-1 no other axis can take the rest (-1)",
     )
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer = config.optimizer
     for key in ("beta1", "beta2"):
         value = getattr(optimizer, key)
-        require(0 <= value < 1, f"optimizer.{key}", value, "must lie in [0, 1)")
+        _require(0 <= value < 1, f"optimizer.{key}", value, "must lie in [0, 1)")
     for key in ("warmup_steps", "schedule_steps", "epsilon", "weight_decay", "clip_norm"):
-        require(getattr(optimizer, key) >= 0, f"optimizer.{key}", getattr(optimizer, key), "must not be negative")
+        _require(getattr(optimizer, key) >= 0, f"optimizer.{key}", getattr(optimizer, key), "must not be negative")
     end = optimizer.schedule_steps or config.steps
-    require(
+    _require(
         optimizer.warmup_steps <= end,
         "optimizer.warmup_steps",
         optimizer.warmup_steps,
         f"the warm-up would not end before the schedule does, at step {end}; a smaller number would do",
     )
-    keep, period = config.checkpoint.keep, config.checkpoint.keep_period
-    require(keep >= 1, "checkpoint.keep", keep, "must be at least 1")
-    require(period >= 0, "checkpoint.keep_period", period, "must not be negative")
-    faults = config.faults
-    require(faults.in_a_row >= 1, "faults.in_a_row", faults.in_a_row, "must be at least 1")
-    require(faults.spike == 0 or faults.spike > 1, "faults.spike", faults.spike, "must be more than 1, or 0: none")
-    require(faults.no_step_for >= 0, "faults.no_step_for", faults.no_step_for, "must not be negative")
 
 
 def _divisors(number: int, near: int) -> str:

@@ -215,4 +215,5 @@ def test_it_keeps_no_process_alive(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     gone = tmp_path / "gone"
     with refused(r"--workdir=.*gone: cannot be written to \(No such file"), alone_in(gone, "--workdir", "train"):
-        pass
+        raise AssertionError("it is held")
+    assert not gone.exists()

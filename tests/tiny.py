@@ -50,3 +50,21 @@ def tiny_config(model: dict[str, Any] | None = None, **top: Any) -> Config:
     config.optimizer.update({"warmup_steps": 1, "beta2": 0.99, "epsilon": 1e-4} | top.get("optimizer", {}))
     config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1} | top.get("mesh", {}))
     return resolve(config)
+
+
+# The same as a config file, for programs that are started: its argument may name another variant.
+CONFIG_FILE = """
+from deconstruct.config import default_config
+from deconstruct.spelling import parse_argument
+
+
+def get_config(argument=None):
+    config = default_config()
+    config.update(parse_argument(argument, {"variant": "standard"}))
+    config.update({"sequence_length": 12, "batch_size": 8, "steps": 4, "log_every": 1, "checkpoint_every": 2})
+    config.model.update({"hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4})
+    config.model.update({"dtype": "float32", "remat": False})
+    config.optimizer.update({"warmup_steps": 1, "beta2": 0.99, "epsilon": 1e-4})
+    config.mesh.update({"data": -1, "fsdp": 1})
+    return config
+"""

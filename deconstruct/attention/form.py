@@ -121,7 +121,7 @@ class Form(nnx.Module):
     impl: str = "auto"  # set by the attention that holds it
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        pass
+        """A form without parameters and options has nothing to make; how it is called is the contract."""
 
     @property
     def reach(self) -> int | None:

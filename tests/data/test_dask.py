@@ -123,9 +123,12 @@ def test_a_worker_that_is_killed_costs_its_unit(tmp_path, text, cluster, capsys)
         )
 
 
-def test_two_workers(tmp_path, text, cluster, capsys):
-    engine, _, _ = cluster
+def test_two_workers_write_what_one_process_writes(tmp_path, text, cluster, capsys):
+    engine, workers, _ = cluster
     rate = timed(options(tmp_path / "dask", text, workers=0, vocab_size=400, executor=engine))
+    timed(options(tmp_path / "own", text, workers=1, vocab_size=400))
+    assert everything(tmp_path / "dask") == everything(tmp_path / "own")
+    assert all(worker.poll() is None for worker in workers)
     with capsys.disabled():
         print(f"\nprepare, tokens/s: {rate:,.0f} by two Dask workers")
 

@@ -19,6 +19,7 @@ from deconstruct.distributed.cluster import Place, find_place
 from deconstruct.distributed.meeting import meet
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.types import PeerError, UserError
+from tests.tiny import CONFIG_FILE
 from tests.train.conftest import prepare_text
 
 ROOT = Path(__file__).parents[2]
@@ -239,24 +240,11 @@ def test_the_odd_one_of_many_is_named():
 
 # Real processes, started by the program itself.
 
-CONFIG = """
-from deconstruct.config import default_config
-
-def get_config():
-    config = default_config()
-    config.update({"sequence_length": 12, "batch_size": 8, "steps": 4, "log_every": 1, "checkpoint_every": 2})
-    config.model.update({"hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4})
-    config.model.update({"dtype": "float32", "remat": False})
-    config.optimizer.update({"warmup_steps": 1})
-    config.mesh.update({"data": -1, "fsdp": 1})
-    return config
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
-    (folder / "tiny.py").write_text(CONFIG)
+    (folder / "tiny.py").write_text(CONFIG_FILE)
     return folder
 
 

@@ -6,30 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import CONFIG_FILE
 from tests.train.conftest import prepare_text
 
 ROOT = Path(__file__).parents[2]
-CONFIG = """
-from deconstruct.config import default_config
-from deconstruct.spelling import parse_argument
-
-
-def get_config(argument=None):
-    config = default_config()
-    config.update(parse_argument(argument, {"variant": "standard"}))
-    config.update({"sequence_length": 12, "batch_size": 8, "steps": 4, "log_every": 1, "checkpoint_every": 2})
-    config.model.update({"hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4})
-    config.model.update({"dtype": "float32", "remat": False})
-    config.optimizer.update({"warmup_steps": 1, "beta2": 0.99, "epsilon": 1e-4})
-    config.mesh.update({"data": -1, "fsdp": 1})
-    return config
-"""
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
-    (folder / "tiny.py").write_text(CONFIG)
+    (folder / "tiny.py").write_text(CONFIG_FILE)
     return folder
 
 

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import portpicker
 
+from tests.tiny import CONFIG_FILE
+
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY, KEEP = 24, 3, 2
 PATIENCE = 60  # seconds within which a process whose peer is gone has to end
@@ -38,7 +40,7 @@ class Cluster:
         self.processes = []
         self.log = workdir.with_suffix(".log")
         for i in range(processes):
-            words = ["train", f"--config={loop.config}", f"--workdir={workdir}"]
+            words = train_words(loop.config, loop.data, workdir)
             if processes > 1:
                 words += [f"--coordinator=localhost:{port}", f"--num-processes={processes}", f"--process-id={i}"]
                 words += ["--start-timeout=30"]
@@ -68,7 +70,7 @@ class Loop:
     """`clusters`: the share of starts that are of two processes."""
 
     def __init__(self, folder: Path, data: Path, seed: int, clusters: float = 0.15):
-        self.folder, self.draw, self.clusters = folder, random.Random(seed), clusters
+        self.folder, self.data, self.draw, self.clusters = folder, data, random.Random(seed), clusters
         folder.mkdir(parents=True, exist_ok=True)
         self.environment = {
             **{key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},
@@ -79,7 +81,7 @@ class Loop:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         self.config = folder / "config.py"
-        self.config.write_text(config_text(data))
+        self.config.write_text(CONFIG_FILE)
         self.kills: dict[str, int] = {}
         self.recoveries: list[float] = []
         self.runs = 0
@@ -173,30 +175,12 @@ class Loop:
         )
 
 
-def config_text(data: Path) -> str:
-    values = {
-        "data": str(data),
-        "variant": "non_approximate",
-        "layout": "even",
-        "steps": STEPS,
-        "batch_size": 8,
-        "sequence_length": 12,
-        "log_every": 1,
-        "checkpoint_every": EVERY,
-        "learning_rate": 1e-2,
-    }
-    model = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4, "dtype": "float32"}
-    return (
-        "from deconstruct.config import default_config\n\n\n"
-        "def get_config():\n"
-        "    config = default_config()\n"
-        f"    config.update({values!r})\n"
-        f"    config.model.update({model!r})\n"
-        "    config.optimizer.warmup_steps = 1\n"
-        f"    config.checkpoint.keep = {KEEP}\n"
-        "    config.mesh.data, config.mesh.fsdp = 2, 1\n"
-        "    return config\n"
-    )
+def train_words(config: Path, data: Path, workdir: Path, **changes: int) -> list[str]:
+    """What `deconstruct` is told; `changes` are keys of the configuration."""
+    settings = {"data": data, "layout": "even", "steps": STEPS, "checkpoint_every": EVERY, "learning_rate": 1e-2}
+    settings |= {"checkpoint.keep": KEEP, **changes}
+    keys = [f"--config.{key}={value}" for key, value in settings.items()]
+    return ["train", f"--config={config}:variant=non_approximate", f"--workdir={workdir}", *keys]
 
 
 def finished(workdir: Path) -> list[int]:

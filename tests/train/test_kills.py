@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from deconstruct.run.checkpoint import finished_steps
-from tests.train.kill_loop import Loop, config_text
+from tests.tiny import CONFIG_FILE
+from tests.train.kill_loop import Loop, train_words
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,9 +45,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def run(config, workdir):
-    command = [sys.executable, "-m", "deconstruct", "train", f"--config={config}", f"--workdir={workdir}"]
+def run(config, data, workdir):
+    words = train_words(config, data, workdir, steps=150, checkpoint_every=10, **{"checkpoint.keep": 99})
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-m", "deconstruct", *words]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -58,20 +60,15 @@ def metrics(workdir):
 @pytest.mark.proof
 def test_a_full_disk_is_one_line_and_with_room_the_run_goes_on(small_disk, prepared, tmp_path):
     config = tmp_path / "config.py"
-    text = (
-        config_text(prepared)
-        .replace("'steps': 24", "'steps': 150")
-        .replace("checkpoint.keep = 2", "checkpoint.keep = 99")
-    )
-    config.write_text(text.replace("'checkpoint_every': 3", "'checkpoint_every': 10"))
+    config.write_text(CONFIG_FILE)
     for _ in range(2):  # the second begins on a disk that is full
-        done = run(config, small_disk / "run")
+        done = run(config, prepared, small_disk / "run")
         assert done.returncode in (1, 2)  # 2 where not even the lock can be written
         assert done.stderr.splitlines()[-1].startswith("deconstruct train: ") and "No space left" in done.stderr
         assert "Traceback" not in done.stderr
         assert finished_steps(small_disk / "run" / "checkpoints")
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
-    done = run(config, small_disk / "run")
+    done = run(config, prepared, small_disk / "run")
     assert done.returncode == 0 and "resuming from step" in done.stderr, done.stderr
-    assert run(config, tmp_path / "whole").returncode == 0
+    assert run(config, prepared, tmp_path / "whole").returncode == 0
     assert metrics(small_disk / "run") == metrics(tmp_path / "whole")
