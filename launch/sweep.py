@@ -30,11 +30,17 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from deconstruct.experiment import load_config
-from deconstruct.run import checkpoint
-from deconstruct.run.workdir import Workdir
-from deconstruct.spelling import split_list
-from deconstruct.types import UserError
+try:
+    from deconstruct.experiment import load_config
+    from deconstruct.run import checkpoint
+    from deconstruct.run.workdir import Workdir
+    from deconstruct.spelling import split_list
+    from deconstruct.types import UserError
+except ModuleNotFoundError as error:
+    if error.name != "deconstruct":
+        raise
+    print(f"sweep.py: {sys.executable} has no deconstruct; activate the environment that has it", file=sys.stderr)
+    sys.exit(2)
 
 MISTAKE, STOPPED = 2, 75
 SLURM_SCRIPT = Path(__file__).with_name("slurm.sh")

@@ -50,6 +50,8 @@ def absent(name: str, slices: int = 1) -> Topology:
         if slices > 1:
             raise UserError(f"--slices={slices}: is for TPUs; GPUs of several nodes are written {kind}:1x{slices}x8")
         return Topology(name, 1, _gpus(name, kind, shape), int(GPU_SHARE * GPU_MEMORY[kind]))
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:  # what the compiler says of a shape, or of itself
         raise UserError(f"--topology={name}: {str(error).strip().splitlines()[0]}") from error
 

@@ -24,8 +24,8 @@ from tests.tiny import tiny_config
         ),
         ("v5e", 1, r"--topology=v5e: expected one of .* or h100:1x1x8"),
         ("h100:", 1, r"--topology=h100:: expected one of"),
-        ("v5e:2x4", 0, r"--slices=0: must be at least 1"),
-        ("h100:1x1x8", 2, r"--slices=2: is for TPUs; GPUs of several nodes are written h100:1x2x8"),
+        ("v5e:2x4", 0, r"^--slices=0: must be at least 1"),
+        ("h100:1x1x8", 2, r"^--slices=2: is for TPUs; GPUs of several nodes are written h100:1x2x8"),
     ],
 )
 def test_topologies_that_are_none(name, slices, message):
@@ -35,7 +35,7 @@ def test_topologies_that_are_none(name, slices, message):
 
 @pytest.mark.parametrize("module", ["libnone", "libnone.inside"])
 def test_a_compiler_that_is_not_installed(module):
-    message = rf"--topology=v5e:2x4: needs {module}, to go with jax [\d.]+; pip install 'deconstruct\[aot-tpu\]'"
+    message = rf"^--topology=v5e:2x4: needs {module}, to go with jax [\d.]+; pip install 'deconstruct\[aot-tpu\]'"
     with pytest.raises(UserError, match=message):
         need(module, "v5e:2x4", "aot-tpu")
 

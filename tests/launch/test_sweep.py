@@ -70,6 +70,12 @@ def test_a_mistake_is_found_before_anything_runs(sweep, folder, tmp_path, over, 
     assert capsys.readouterr().err.startswith("sweep.py: ") and not list(tmp_path.iterdir())
 
 
+def test_another_environment_is_named():
+    done = subprocess.run([sys.executable, "-I", "-S", str(SCRIPT)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"sweep.py: {sys.executable} has no deconstruct; activate the environment that has it\n"
+
+
 def test_dry_runs(sweep, folder, tmp_path, capsys):
     words = [f"--config={folder}/tiny.py", f"--workdir={tmp_path}", "--over=config.seed=0,1", "--dry-run"]
     assert sweep.main([*words, "--launcher=launch/skypilot.py --accelerators=H100:8 --"]) == 0
