@@ -186,6 +186,7 @@ class Run:
         config = self.config
         checkpoints = RunCheckpoints(writer, self.run_dir.checkpoints, self.spec, config)
         state, first = self._start(checkpoints)
+        watchdog.fed()
         with self.clock.measure("compile"):
             compiled = self.lowered.compile()
         agree("compiled", dict)  # from here on they wait for each other without a limit
