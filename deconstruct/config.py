@@ -75,7 +75,7 @@ class ModelConfig:
     end_of_text: int = -1  # the id that ends a document; -1: that of the tokenizer of `data`
     match_parameters: bool = True  # a block's MLP takes up what its mixer has more or less than standard attention
     dtype: str = "bfloat16"  # of activations and matmul inputs; parameters, norms, softmax and loss are float32
-    impl: str = "auto"  # the program of attention, in every layer: auto | reference | xla | cudnn
+    impl: str = "auto"  # the program of attention, in every layer: auto | reference | xla | cudnn | splash | pallas_tpu
     scan: bool = True  # fold repeating layers into lax.scan; off: every layer is compiled by itself
     remat: bool = True  # recompute each layer in the backward pass instead of keeping its activations
     # Derived from variant, layout and document_mask, or set when a model is restored; not keys of a config file.

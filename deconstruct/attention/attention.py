@@ -18,11 +18,9 @@ from deconstruct.attention.form import Flops, Form, Shape, Site
 from deconstruct.attention.mixer import Context, Mixer
 from deconstruct.attention.source import Source
 from deconstruct.config import ModelConfig
-from deconstruct.distributed.sharding import constrain
+from deconstruct.distributed.sharding import KEYS, QUERIES, constrain
 from deconstruct.layers import Linear, RMSNorm, apply_rope
 from deconstruct.types import Streams, UserError
-
-HEADS = ("batch", "length", "act_heads", None)
 
 
 class Attention(Mixer):
@@ -66,17 +64,17 @@ class Attention(Mixer):
 
     def queries(self, x: jax.Array, context: Context) -> jax.Array:
         """[B, L, d] -> [B, L, heads, head_dim], normed and rotated as the block and the form have it."""
-        return self._position(self.q_proj(x), self.q_norm, context)
+        return constrain(self._position(self.q_proj(x), self.q_norm, context), QUERIES)
 
     def keys(self, x: jax.Array, context: Context) -> jax.Array:
-        return self._position(self.k_proj(x), self.k_norm, context)
+        return constrain(self._position(self.k_proj(x), self.k_norm, context), KEYS)
 
     def _position(self, x: jax.Array, norm: RMSNorm | None, context: Context) -> jax.Array:
         if norm is not None:
             x = norm(x)
         if self.form.uses_rope:
             x = apply_rope(x, context.cos, context.sin)
-        return constrain(x, HEADS)
+        return x
 
     def _inputs(self, streams: Streams, static: Streams, context: Context) -> Streams:
         """For each stream: its queries, its keys, and what the form reads beside them."""
@@ -98,12 +96,12 @@ class Attention(Mixer):
     def __call__(self, streams: Streams, static: Streams, context: Context) -> Streams:
         def mix(x: jax.Array, inputs: tuple[Any, ...]) -> jax.Array:
             q, k, read = inputs
-            return self._output(self.form.mix(q, k, constrain(self.v_proj(x), HEADS), context.mask, **read))
+            return self._output(self.form.mix(q, k, constrain(self.v_proj(x), KEYS), context.mask, **read))
 
         return streams.map(mix, self._inputs(streams, static, context))
 
     def _output(self, mixed: jax.Array) -> jax.Array:
-        return self.o_proj(constrain(self.form.finish(mixed), HEADS))
+        return self.o_proj(constrain(self.form.finish(mixed), QUERIES))
 
     def maps(self, streams: Streams, static: Streams, context: Context) -> jax.Array:
         q, k, read = self._inputs(streams, static, context).h
@@ -139,7 +137,7 @@ class Attention(Mixer):
             context = context._replace(cos=window(context.cos), sin=window(context.sin))
             q, k = self.queries(inputs, context), self.keys(inputs, context)
             read = self.form.read(h if self.form.reads == "hidden" else inputs)
-        mixed, cache = self.form.extend(q, k, constrain(self.v_proj(h), HEADS), cache, context.mask, **read)
+        mixed, cache = self.form.extend(q, k, constrain(self.v_proj(h), KEYS), cache, context.mask, **read)
         return self._output(mixed), cache
 
     def shape(self, batch: int, length: int) -> Shape:

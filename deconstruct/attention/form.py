@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Where a kernel is to run; `platform` (cpu, gpu, tpu) is None while only the configuration is known."""
+    """Where a program is to run; `platform` (cpu, gpu, tpu) is None while only the configuration is known."""
 
     dtype: str
     head_dim: int
@@ -81,12 +81,21 @@ class Kernel(NamedTuple):
     extend(q, k, v, cache, mask, **read) -> the same for C more positions, and the cache after them
     init_cache(shape, dtype) -> an empty cache: a pytree of arrays
     refuses(site) -> why it cannot run there, in words that name what would do; None where it can
+    platform: the only one it runs on; None: any
     """
 
     mix: Callable[..., jax.Array]
     extend: Callable[..., tuple[jax.Array, Any]]
     init_cache: Callable[[Shape, Any], Any]
     refuses: Callable[[Site], str | None] = _runs_anywhere
+    platform: str | None = None
+
+    def why_not(self, site: Site) -> str | None:
+        """Why it cannot run at a site, or None."""
+        if self.platform is not None and site.platform not in (None, self.platform):
+            needs = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}[self.platform]
+            return f"needs {needs} for it, and this is {site.platform}; use auto or xla"
+        return self.refuses(site)
 
 
 class Kept(NamedTuple):
@@ -149,7 +158,8 @@ class Form(nnx.Module):
         return mixed
 
     def kernels(self) -> dict[str, Kernel]:
-        """Its fast paths by `impl` (xla, cudnn, pallas). Without any, it is computed by its definition."""
+        """Its fast paths by `impl` (xla, cudnn, splash, pallas_tpu, pallas_gpu); auto takes the first that can run
+        where it is. They share one kind of cache. Without any, it is computed by its definition."""
         return {}
 
     def flops(self, shape: Shape) -> Flops:
@@ -180,22 +190,25 @@ class Form(nnx.Module):
 
     def init_cache(self, shape: Shape, dtype: Any) -> Any:
         """An empty cache for up to `shape.length` positions: a pytree of arrays."""
-        return self.kernel().init_cache(shape, dtype)
+        table = self._table()
+        return table[self.impl if self.impl in table else next(iter(table))].init_cache(shape, dtype)
 
-    def kernel(self) -> Kernel:
-        """The program of `impl`. Raises UserError where there is none."""
-        return self._table()[self.resolved_impl()]
-
-    def resolved_impl(self) -> str:
-        """What `impl` means for this form: auto is xla where the form has it, else its definition."""
+    def resolved_impl(self, site: Site | None = None) -> str:
+        """What `impl` means for this form at a site, or (None) on any platform: auto is the first program of its table
+        that can run there. Raises UserError where there is no such program, or it cannot run there."""
         table = self._table()
         if self.impl == "auto":
-            return "xla" if "xla" in table else "reference"
+            if site is None:
+                return next(name for name, kernel in table.items() if kernel.platform is None)
+            return next(name for name, kernel in table.items() if kernel.why_not(site) is None)
         if self.impl not in table:
             raise UserError(
                 f"config.model.impl={self.impl}: form '{self.name}' has no such program; it has auto, "
                 f"{', '.join(table)}"
             )
+        reason = table[self.impl].why_not(site) if site else None
+        if reason:
+            raise UserError(f"config.model.impl={self.impl}: form '{self.name}' {reason}")
         return self.impl
 
     def check(self, site: Site) -> None:
@@ -205,18 +218,20 @@ class Form(nnx.Module):
                 f"config.document_mask=true: form '{self.name}' does not keep to the borders of documents; take "
                 "another form, or leave the mask off"
             )
-        reason = self.kernel().refuses(site)
-        if reason:
-            raise UserError(f"config.model.impl={self.impl}: form '{self.name}' {reason}")
+        self.resolved_impl(site)
 
     def _table(self) -> dict[str, Kernel]:
-        return {"reference": Kernel(self._mix_by_definition, self._extend_by_definition, self._keep), **self.kernels()}
+        definition = Kernel(self._mix_by_definition, self._extend_by_definition, self._keep)
+        return {**self.kernels(), "reference": definition}
 
     def _running(self, q: jax.Array, v: jax.Array, mask: Mask) -> Kernel:
-        shared = q.shape[0] != v.shape[0]
-        self.check(Site(str(q.dtype), q.shape[-1], shared, mask.documents, platform()))
-        _announce(self.name, self.resolved_impl())
-        return self.kernel()
+        site = Site(str(q.dtype), q.shape[-1], q.shape[0] != v.shape[0], mask.documents, platform())
+        self.check(site)
+        table, chosen = self._table(), self.resolved_impl(site)
+        passed = [] if self.impl != "auto" else list(table)[: list(table).index(chosen)]
+        reasons = [f"{name} {table[name].why_not(site)}" for name in passed if table[name].platform == site.platform]
+        _announce(self.name, chosen, "; ".join(reasons))
+        return table[chosen]
 
     # The definition as a program. It keeps q, k, v and what was read, and forms the whole map to read C rows of it.
 
@@ -249,5 +264,5 @@ class Form(nnx.Module):
 
 
 @functools.cache
-def _announce(form: str, impl: str) -> None:
-    _log.info("form %s runs with impl %s", form, impl)
+def _announce(form: str, impl: str, reasons: str) -> None:
+    _log.info("form %s runs with impl %s%s", form, impl, f" ({reasons})" if reasons else "")

@@ -128,7 +128,7 @@ def mix(subject: Subject) -> str:
     own, notes = form.resolved_impl(), []
     for impl, kernel in (form.kernels() or {"reference": None}).items():
         refusals = [
-            kernel and kernel.refuses(Site(dtype, HEAD_DIM, subject.trial().abstract.shared, False, platform()))
+            kernel and kernel.why_not(Site(dtype, HEAD_DIM, subject.trial().abstract.shared, False, platform()))
             for dtype in ("float32", "bfloat16")
         ]
         if None not in refusals:

@@ -27,9 +27,14 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": None,
     "act_heads": "tensor",
+    "act_kv_heads": "tensor",
     "act_vocab": "tensor",
 }
 
+
+# Of queries, and of keys and values: [batch, length, heads, head_dim].
+QUERIES = ("batch", "length", "act_heads", None)
+KEYS = ("batch", "length", "act_kv_heads", None)
 
 # The name of an axis, of several that lie in one (sequences and heads of a cache, say), or none.
 Axis = str | tuple[str, ...] | None

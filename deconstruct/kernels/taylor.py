@@ -5,8 +5,10 @@
 T(x) = ((1 + x)^2 + 1) / 2 is at least 1/2, so no denominator is near zero. T(x) is the inner product of the features
 phi(q) . phi(k), phi(a) = [1, a, vec(a a^T)/sqrt 2] (Based, Arora et al. 2024), so the sums over the past are states:
 
-    n0 = sum 1    n1 = sum k_j    n2 = sum k_j k_j^T    s0 = sum v_j    s1 = sum k_j v_j^T    s2 = sum k_j k_j v_j
+    n0 = sum 1    n1 = sum k_j    n2 = sum k_j k_j^T    s0 = sum v_j    s1 = sum k_j v_j^T    s2 = sum pairs(k_j) v_j
 
+a a^T is symmetric, and each product is taken once: `pairs` are the dh (dh + 1) / 2 of them (dh (dh + 2) / 2 where dh
+is even), by the distance of the two entries around a circle of dh, so that they are shifts of a and no gather.
 States are float32 and carry neither the scale nor the 1/2: both are applied to what is read. With documents, the sums
 run over the positions of the last one alone, and only positions of that document read them.
 """
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deconstruct.kernels import grouped, query_chunks
 from deconstruct.kernels.mask import CAUSAL, Mask, cut_begins
@@ -36,7 +39,7 @@ class TaylorState(NamedTuple):
     n2: jax.Array  # [Z, dh, dh]
     s0: jax.Array  # [Z, w]
     s1: jax.Array  # [Z, dh, w]
-    s2: jax.Array  # [Z, dh dh, w]
+    s2: jax.Array  # [Z, pairs, w]
 
 
 def init_taylor_state(
@@ -50,7 +53,7 @@ def init_taylor_state(
         n2=jnp.zeros((rows, dh, dh), dtype),
         s0=jnp.zeros((rows, width), dtype),
         s1=jnp.zeros((rows, dh, width), dtype),
-        s2=jnp.zeros((rows, dh * dh, width), dtype),
+        s2=jnp.zeros((rows, pair_count(dh), width), dtype),
     )
 
 
@@ -175,7 +178,7 @@ def _read(state: TaylorState, q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What the positions in a state give to the queries: numerators [..., r, w] and normalisers [..., r]."""
     scale = q.shape[-1] ** -0.5
     numerator = state.s0[..., None, :] + grouped.contract("...rd,...dw->...rw", q, state.s1.astype(q.dtype)) * scale
-    numerator += grouped.contract("...rp,...pw->...rw", _pairs(q), state.s2.astype(q.dtype)) * (scale**2 / 2)
+    numerator += grouped.contract("...rp,...pw->...rw", _pairs(q, True), state.s2.astype(q.dtype)) * (scale**2 / 2)
     # The three orders of the normaliser may cancel in part (only their sum is positive): float32 from the inputs on.
     exact = q.astype(state.n1.dtype)
     sums = state.n0[..., None] + grouped.exactly("...rd,...d->...r", exact, state.n1) * scale
@@ -195,28 +198,53 @@ def _add(state: TaylorState, k: jax.Array, v: jax.Array, count: int | jax.Array)
     )
 
 
-def _pairs(x: jax.Array) -> jax.Array:
-    """All products of two entries, [..., dh] -> [..., dh dh]."""
-    return (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1)
+def pair_count(dh: int) -> int:
+    """How many products `_pairs` takes of dh entries: distances 0 to dh / 2 around the circle, dh of each."""
+    return dh * (dh // 2 + 1)
+
+
+def _pairs(x: jax.Array, counted: bool = False) -> jax.Array:
+    """The products x_a x_(a + r) for r = 0 .. dh / 2, indices around the circle: [..., dh] -> [..., pair_count(dh)].
+
+    `counted`: each times how often it stands in x x^T, twice but for the squares, and for r = dh / 2, which meets
+    every pair from both sides. So pairs(q, counted) . pairs(k) = (q . k)^2.
+    """
+    dh = x.shape[-1]
+    distances = dh // 2 + 1
+    # Row r of dh + 1 entries of the repeated vector begins r entries further on.
+    repeated = jnp.concatenate([x] * (distances + 1), axis=-1)[..., : distances * (dh + 1)]
+    shifted = repeated.reshape(*x.shape[:-1], distances, dh + 1)[..., :dh]
+    if counted:
+        times = np.full((distances, 1), 2.0)
+        times[0] = 1
+        if dh % 2 == 0:
+            times[-1] = 1
+        shifted = shifted * jnp.asarray(times, x.dtype).reshape((1,) * (x.ndim - 1) + times.shape)
+    return (shifted * x[..., None, :]).reshape(*x.shape[:-1], -1)
 
 
 def chunked_is_cheaper(
-    length: int, head_dim: int, value_dim: int | None = None, groups: int = 1, rows: int = 1, chunk: int = CHUNK
+    length: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    groups: int = 1,
+    rows: int = 1,
+    chunk: int = CHUNK,
+    query_chunk: int | None = None,
 ) -> bool:
     """Whether `taylor_chunked` needs fewer matmul FLOPs than `taylor_quadratic`, forward, for each query head.
 
     A pair of positions costs 2 (dh + e) FLOPs, e = rows * dv: its logit once, its weight applied to the values of the
-    `rows` = Bv / Bq that share a map. With query chunks of W (`query_chunks.default_chunk`) the quadratic form takes
-    L (L + W) / 2 pairs. The chunked form takes L C pairs, and for each position a read of the first- and second-order
-    sums, 2 (dh + dh^2) e, and of their normalisers, 2 (dh + dh^2); as much again to add to them, shared by the
-    `groups` = H / K query heads of one kv head. The 1/L of ragged last chunks is left out of both.
-    For dh = dv = 64 and one group they meet near L = 8200: a model trained at 2048 takes the quadratic form.
+    `rows` = Bv / Bq that share a map. With query chunks of W (those of `query_chunks` unless given) the quadratic form
+    takes L (L + W) / 2 pairs. The chunked form takes L C pairs, and for each position a read of the first- and
+    second-order sums, 2 (dh + P) e with P = `pair_count(dh)`, and of their normalisers, 2 (dh + dh^2); as much again to
+    add to them, shared by the `groups` = H / K query heads of one kv head. The 1/L of ragged last chunks is left out.
+    For dh = dv = 64 and one group they meet near L = 4300: a model trained at 2048 takes the quadratic form.
     """
     width = rows * (value_dim or head_dim)
     pair = 2 * (head_dim + width)
-    quadratic = length * (length + min(query_chunks.default_chunk(length), length)) / 2 * pair
-    features = head_dim + head_dim**2
-    touch = 2 * features * (width + 1)
+    quadratic = length * (length + min(query_chunk or query_chunks.default_chunk(length), length)) / 2 * pair
+    touch = 2 * ((head_dim + pair_count(head_dim)) * width + head_dim + head_dim**2)
     size = min(chunk, length)
     return length * (size * pair + touch * (1 + 1 / groups)) < quadratic
 

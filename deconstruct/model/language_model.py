@@ -23,7 +23,7 @@ from deconstruct.model.stack import RESIDUAL, Block, Record, Stack
 from deconstruct.spelling import nearest
 from deconstruct.types import Streams, UserError
 
-IMPLS = ("auto", "reference", "xla", "cudnn", "pallas")
+IMPLS = ("auto", "reference", "xla", "cudnn", "splash", "pallas_tpu", "pallas_gpu")
 
 
 class LanguageModel(nnx.Module):

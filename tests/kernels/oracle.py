@@ -50,13 +50,16 @@ def definition(weights: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda q, k, v: reference.apply_weights(weights(q, k), v)
 
 
-def value_and_gradients(mix: Callable[..., jax.Array], arrays: Arrays, dtype: str) -> tuple[np.ndarray, ...]:
-    """out, dq, dk, dv as float64 numpy arrays, computed in `dtype` (float64: in a 64-bit context)."""
+def value_and_gradients(
+    mix: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], dtype: str
+) -> tuple[np.ndarray, ...]:
+    """mix(*arrays but the last) and its gradients (out, dq, dk, dv) as float64 numpy arrays, computed in `dtype`
+    (float64: in a 64-bit context). The last of `arrays` is the cotangent of the result."""
 
     @jax.jit
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(mix, q, k, v)
-        return out, *pull(g)
+    def both(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(mix, *arrays[:-1])
+        return out, *pull(arrays[-1])
 
     with jax.enable_x64(dtype == "float64"):
         results = both(*(jnp.asarray(x, dtype) for x in arrays))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deconstruct.attention.accelerators import tpu
 from deconstruct.attention.form import Flops, Form, Kernel, Shape
 from deconstruct.attention.registry import register_form
 from deconstruct.config import ModelConfig
@@ -62,7 +63,8 @@ class GatedDelta(Form):
         return self.norm(mixed)
 
     def kernels(self) -> dict[str, Kernel]:
-        return {"xla": Kernel(_mix, _extend, _init_cache)}
+        xla = Kernel(_mix, _extend, _init_cache)
+        return {"pallas_tpu": tpu("gated_delta:gated_delta_attention", xla), "xla": xla}
 
     def flops(self, shape: Shape) -> Flops:
         # The map from states with a column for each position, then applied to the values.

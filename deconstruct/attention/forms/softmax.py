@@ -5,17 +5,18 @@ Relaxes nothing: the standard form (Vaswani et al. 2017). Time B L^2 d; cache 2 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from deconstruct.attention.form import Flops, Form, Kernel, Shape, Site
+from deconstruct.attention.accelerators import cudnn, one_map_a_sequence, tpu
+from deconstruct.attention.form import Flops, Form, Kernel, Shape
 from deconstruct.attention.registry import register_form
 from deconstruct.kernels import kv_cache, reference
 from deconstruct.kernels.mask import Mask
 from deconstruct.kernels.softmax import softmax_attention, softmax_last
-
-CUDNN_HEAD_DIM = 128
 
 
 @register_form
@@ -31,11 +32,15 @@ class Softmax(Form):
         return reference.softmax_weights(q, k, mask)
 
     def kernels(self) -> dict[str, Kernel]:
-        # A token that is decoded reads its cache by XLA's program with either; cuDNN takes the prompt.
-        return {
-            "xla": Kernel(_mix, _extend, _init_cache),
-            "cudnn": Kernel(_cudnn, _extend_cudnn, _init_cache, _cudnn_refuses),
+        xla = Kernel(_mix, functools.partial(_extend, _mix), _init_cache)
+        table = {
+            "cudnn": cudnn(xla),
+            "splash": tpu("splash:splash_attention", xla, one_map_a_sequence),
+            "pallas_tpu": tpu("pairwise:softmax_attention", xla),
+            "xla": xla,
         }
+        # A prompt is mixed by the kernel itself; a token that is decoded reads its cache by XLA's program with each.
+        return {name: kernel._replace(extend=functools.partial(_extend, kernel.mix)) for name, kernel in table.items()}
 
     def flops(self, shape: Shape) -> Flops:
         dense = super().flops(shape).dense
@@ -55,36 +60,7 @@ def _mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
 
 
 def _extend(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: kv_cache.KVCache, mask: Mask, mix: Any = _mix
+    mix: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, cache: kv_cache.KVCache, mask: Mask
 ) -> tuple[jax.Array, kv_cache.KVCache]:
     new, cache = cache.is_new, kv_cache.append(cache, k, v)
     return (mix(q, k, v, mask) if new else softmax_last(q, cache, v.shape[0], mask=mask)), cache
-
-
-def _extend_cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: kv_cache.KVCache, mask: Mask
-) -> tuple[jax.Array, kv_cache.KVCache]:
-    return _extend(q, k, v, cache, mask, _cudnn)
-
-
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    del mask  # causal: `_cudnn_refuses` lets nothing else come here
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-
-
-def _cudnn_refuses(site: Site) -> str | None:
-    """The limits of cuDNN's program."""
-    if site.platform not in (None, "gpu"):
-        return f"needs an NVIDIA GPU for it, and this is {site.platform}; use auto or xla"
-    if site.dtype not in ("bfloat16", "float16"):
-        return f"computes with it in bfloat16 or float16, not {site.dtype}; use xla, or config.model.dtype=bfloat16"
-    if site.head_dim % 8 or site.head_dim > CUDNN_HEAD_DIM:
-        return (
-            f"needs heads of a width that is a multiple of 8 and at most {CUDNN_HEAD_DIM} for it, not {site.head_dim}; "
-            "use xla"
-        )
-    if site.shared:
-        return "over a fixed source has one map for the batch, and cuDNN wants one for each sequence; use xla"
-    if site.documents:
-        return "does not keep to the borders of documents with it (config.document_mask=true); use xla"
-    return None

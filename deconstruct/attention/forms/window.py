@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from deconstruct.attention.accelerators import cudnn, one_map_a_sequence, tpu
 from deconstruct.attention.form import Flops, Form, Kernel, Shape
 from deconstruct.attention.registry import register_form
 from deconstruct.config import ModelConfig
@@ -42,7 +43,13 @@ class Window(Form):
 
     def kernels(self) -> dict[str, Kernel]:
         mix, extend = functools.partial(_mix, self.size), functools.partial(_extend, self.size)
-        return {"xla": Kernel(mix, extend, functools.partial(_init_cache, self.size))}
+        xla = Kernel(mix, extend, functools.partial(_init_cache, self.size))
+        return {
+            "cudnn": cudnn(xla, window=self.size),
+            "splash": tpu("splash:splash_attention", xla, one_map_a_sequence, window=self.size),
+            "pallas_tpu": tpu("pairwise:softmax_attention", xla, window=self.size),
+            "xla": xla,
+        }
 
     def flops(self, shape: Shape) -> Flops:
         size = min(self.size, shape.length)

@@ -1,0 +1,89 @@
+"""What programs of particular hardware cannot do, said once, and the kernels of a form made for it.
+
+Pallas takes a while to import: the modules with kernels are named here, and imported when one is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import jax
+
+from deconstruct.attention.form import Kernel, Site
+from deconstruct.kernels.mask import Mask
+from deconstruct.kernels.per_device import mix_per_device
+
+TPU_HEAD_DIM = 256
+CUDNN_HEAD_DIM = 128
+
+
+def tpu(
+    where: str, like: Kernel, refuses: Callable[[Site], str | None] | None = None, window: int | None = None
+) -> Kernel:
+    """A kernel for TPUs, "module:function" in `deconstruct.kernels.tpu`, on each device's own part of the arrays.
+
+    It decodes as `like` does. What it `refuses` comes on top of what all of them do.
+    """
+    module, name = where.split(":")
+
+    def mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, **read: jax.Array) -> jax.Array:
+        kernel = getattr(importlib.import_module(f"deconstruct.kernels.tpu.{module}"), name)
+
+        def on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, **read: jax.Array) -> jax.Array:
+            return kernel(q, k, v, mask=mask, **read)
+
+        return mix_per_device(on_one_device, q, k, v, narrowed(mask, window), **read)
+
+    def why_not(site: Site) -> str | None:
+        return _tpu_refuses(site) or (refuses(site) if refuses else None)
+
+    return Kernel(mix, like.extend, like.init_cache, why_not, "tpu")
+
+
+def cudnn(like: Kernel, window: int | None = None) -> Kernel:
+    """cuDNN's attention, through JAX, on NVIDIA GPUs. It decodes as `like` does."""
+
+    def mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        size = narrowed(mask, window).window
+        back = None if size is None else (size - 1, 0)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=back, implementation="cudnn")
+
+    return Kernel(mix, like.extend, like.init_cache, _cudnn_refuses, "gpu")
+
+
+def narrowed(mask: Mask, window: int | None) -> Mask:
+    return mask if window is None else mask.narrowed(window)
+
+
+def _cudnn_refuses(site: Site) -> str | None:
+    if site.dtype not in ("bfloat16", "float16"):
+        return f"computes with it in bfloat16 or float16, not {site.dtype}; use xla, or config.model.dtype=bfloat16"
+    if site.head_dim % 8 or site.head_dim > CUDNN_HEAD_DIM:
+        return (
+            f"needs heads of a width that is a multiple of 8 and at most {CUDNN_HEAD_DIM} for it, not {site.head_dim}; "
+            "use xla"
+        )
+    if site.shared:
+        return "over a fixed source has one map for the batch, and cuDNN wants one for each sequence; use xla"
+    if site.documents:
+        return "does not keep to the borders of documents with it (config.document_mask=true); use xla"
+    return None
+
+
+def _tpu_refuses(site: Site) -> str | None:
+    if site.dtype not in ("bfloat16", "float32"):
+        return f"computes with it in bfloat16 or float32, not {site.dtype}; use xla"
+    if site.head_dim % 16 or site.head_dim > TPU_HEAD_DIM:
+        return (
+            f"needs heads of a width that is a multiple of 16 and at most {TPU_HEAD_DIM} for it, not {site.head_dim}; "
+            "use xla"
+        )
+    return None
+
+
+def one_map_a_sequence(site: Site) -> str | None:
+    """What kernels that know no map shared by a batch refuse."""
+    if site.shared:
+        return "over a fixed source has one map for the batch, and it wants one for each sequence; use xla"
+    return None
