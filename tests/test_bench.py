@@ -5,9 +5,14 @@ import json
 import pytest
 
 from deconstruct import cli
+from deconstruct.attention.registry import FORMS
 from deconstruct.attention.variants import one_of_each
+from deconstruct.bench.ceilings import Ceilings
 from deconstruct.bench.contexts import context_speed, contexts_as_text
 from deconstruct.bench.generation import NEW, Ours, generation_speed
+from deconstruct.bench.kernels import SHARED, Work, kernel_speed, kernels_as_text
+from deconstruct.bench.lengths import length_speed, lengths_as_text
+from deconstruct.bench.roofline import draw_roofline
 from deconstruct.bench.rounds import Case, ratio, speeds_as_text
 from deconstruct.bench.train_step import train_speed
 from deconstruct.model.language_model import build_model
@@ -38,6 +43,32 @@ def test_contexts():
     assert contexts_as_text(found).count("\nstandard ") == 2
 
 
+@pytest.mark.proof
+def test_lengths():
+    found = length_speed(TINY, rounds=1, lengths=(8, 16))
+    assert list(found["variants"]) == one_of_each() and json.loads(json.dumps(found)) == found
+    assert found["variants"]["standard"]["ratio"][1]["median"] == 1
+    assert lengths_as_text(found).startswith("tiny, d 16, 1 layers, 16 tokens a step")
+
+
+def test_kernels(tmp_path):
+    """Every form has a program that runs here, a share of what the machine gives, and a place in the picture."""
+    work = Work(16, 2, 8, "float32", (8,))
+    found = kernel_speed(work, rounds=1)
+    labels = {row["program"] for row in found["rows"]}
+    assert labels == {*(f"{name}: xla" for name in FORMS), f"{SHARED}: xla"}
+    assert all(row["milliseconds"] > 0 and 0 < row["share"] < 1 for row in found["rows"])
+    assert json.loads(json.dumps(found)) == found
+    assert kernels_as_text(found).count("\nsoftmax: xla ") == 2
+    draw_roofline(found, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("flops", "moved", "least"), [(4.0, 1.0, 2.0), (1.0, 9.0, 3.0)])
+def test_the_roofline_is_what_takes_longer(flops, moved, least):
+    assert Ceilings(flops=2.0, bytes=3.0).seconds(flops, moved) == least
+
+
 def test_a_ratio_is_taken_round_by_round():
     assert ratio([2.0, 6.0, 20.0], [1.0, 2.0, 4.0]) == {"median": 3.0, "least": 2.0, "most": 5.0}
 
@@ -48,7 +79,12 @@ def test_a_ratio_is_taken_round_by_round():
         (["--peers", "--variant=mlp"], "--variant=mlp: only standard has a peer"),
         (["contexts", "--peers"], "--peers: contexts compares all variants"),
         (["contexts", "--variant=mlp"], "--variant: contexts compares all variants"),
+        (["lengths", "--variant=mlp"], "--variant: lengths compares all variants"),
         (["generate", "--steps=2"], "--steps=2: only train has steps"),
+        (["train", "--lengths=5"], "--lengths=5: only lengths and kernels have them"),
+        (["kernels", "--lengths=1k"], "--lengths=1k: expected numbers, as in 1024,4096"),
+        (["kernels", "--lengths=0"], "--lengths=0: must be at least 1"),
+        (["lengths", "--plot=a.png"], "--plot=a.png: only kernels has a roofline"),
         (["--rounds=0"], "--rounds=0: must be at least 1"),
         (["generate", "--variant=nonsense"], "variant 'nonsense' is unknown"),
     ],

@@ -20,14 +20,14 @@ from deconstruct.train.step import batch_of, make_step
 
 def train_speed(case: Case, variant: str, peers: bool, rounds: int, steps: int) -> dict[str, Any]:
     """Rounds of `steps` updates each."""
-    contenders = {"deconstruct": _our_round(case, variant, steps)}
+    contenders = {"deconstruct": our_round(case, variant, steps)}
     if peers:
         contenders["transformers"] = _peer_round(case, steps)
     seconds = take_turns(contenders, rounds, case.name)
     return {"variant": variant, **speeds(case, seconds, case.batch * case.length * steps)}
 
 
-def _our_round(case: Case, variant: str, steps: int) -> Round:
+def our_round(case: Case, variant: str, steps: int) -> Round:
     config = case.config(variant)
     optimizer = make_optimizer(config)
     spec = make_state_spec(config, optimizer, single_device_mesh())

@@ -74,6 +74,11 @@ def _products(jaxpr: Any) -> float:
             total += equation.params["length"] * sum(inner)
         elif name == "cond":
             total += max(inner)
+        elif name == "shard_map":  # what each device does
+            total += equation.params["mesh"].size * sum(inner)
+        elif name == "pallas_call":
+            estimate = equation.params["cost_estimate"]
+            total += estimate.flops if estimate else math.prod(equation.params["grid_mapping"].grid) * sum(inner)
         elif name == "while" and any(inner):
             raise ValueError("matrix products in a `while`, whose number of turns is not known")
         else:

@@ -52,6 +52,17 @@ class _Plan(NamedTuple):
         return self.length // self.block
 
     @property
+    def met(self) -> int:
+        """Pairs of blocks that are not wholly unseen, of one head."""
+        return sum(min(i + 1, self.reach) for i in range(self.blocks))
+
+    def cost(self, heads: int, depth: int, dtype: Any) -> pl.CostEstimate:
+        """Of products of `depth` multiply-adds in all for each cell; of a pair of blocks one side is fetched anew."""
+        cells = heads * self.met * self.block**2
+        moved = cells // self.block * depth * jnp.dtype(dtype).itemsize
+        return pl.CostEstimate(flops=2 * cells * depth, transcendentals=cells, bytes_accessed=moved)
+
+    @property
     def reach(self) -> int:
         """How many blocks of keys a block of queries meets at most, its own included."""
         if self.window is None:
@@ -139,6 +150,7 @@ def _forward(
             pltpu.VMEM((1, block), jnp.float32),
         ],
         compiler_params=_compiler_params(),
+        cost_estimate=plan.cost(heads, dh + width, v.dtype),
         name="pairwise_forward",
     )(q, k, v, begins)
     return out, (q, k, v, begins, out, norm)
@@ -170,6 +182,7 @@ def _backward(plan: _Plan, saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_shapes=[pltpu.VMEM((dh, block), jnp.float32)],
         compiler_params=_compiler_params(),
+        cost_estimate=plan.cost(heads, 2 * dh + width, v.dtype),
         name="pairwise_dq",
     )(*inputs)
 
@@ -200,6 +213,7 @@ def _backward(plan: _Plan, saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         scratch_shapes=[pltpu.VMEM((dh, block), jnp.float32), pltpu.VMEM((width, block), jnp.float32)],
         compiler_params=_compiler_params(),
+        cost_estimate=plan.cost(heads, 2 * (dh + width), v.dtype),
         name="pairwise_dkv",
     )(*inputs)
     return dq, dk, dv, None
