@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from deconstruct.compile import table
-from deconstruct.compile.hlo import collectives
-from deconstruct.compile.programs import PROGRAMS
+from deconstruct.compile.hlo import collectives, kernels
+from deconstruct.compile.programs import BY_DEFAULT, PROGRAMS
 from deconstruct.compile.topology import Topology, absent
 from deconstruct.config import Config
 from deconstruct.costs.programs import traced_flops
@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of a TPU topology (default: 1)")
     parser.add_argument(
-        "--programs", default=",".join(PROGRAMS), metavar="A,B,...", help=f"of {', '.join(PROGRAMS)} (default: all)"
+        "--programs",
+        default=",".join(BY_DEFAULT),
+        metavar="A,B,...",
+        help=f"of {', '.join(PROGRAMS)} (default: {', '.join(BY_DEFAULT)})",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object for each program")
     parser.add_argument(
@@ -101,13 +104,14 @@ def measure(name: str, config: Config, topology: Topology, mesh: jax.sharding.Me
         return {**record, "fits": False, "reason": _of_memory(str(error))}
     done = time.perf_counter()
     needed = _bytes(compiled.memory_analysis())
-    fits = needed["peak"] <= topology.memory
+    fits, text = needed["peak"] <= topology.memory, compiled.as_text()
     return {
         **record,
         "fits": fits,
         "reason": "" if fits else f"needs {needed['peak']:,} bytes of the {topology.memory:,} that a device has",
         "bytes": needed,
-        "collectives": {kind: found._asdict() for kind, found in collectives(compiled.as_text()).items()},
+        "collectives": {kind: found._asdict() for kind, found in collectives(text).items()},
+        "kernels": kernels(text),
         "seconds": {"lower": round(before - start, 1), "compile": round(done - before, 1)},
     }
 
@@ -142,6 +146,7 @@ def as_text(record: dict[str, Any]) -> str:
         f"temporaries {needed['temporaries']}, code {needed['code']}",
         f"  FLOPs       {record['flops']:.4g} a device, of matrix products, evenly shared",
         f"  collectives {kinds or 'none'}",
+        f"  kernels     {', '.join(f'{name} {times}' for name, times in record['kernels'].items()) or 'none'}",
         f"  compiled in {record['seconds']['compile']} s, lowered in {record['seconds']['lower']} s",
     ]
     return "\n".join(lines)

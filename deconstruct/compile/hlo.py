@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program: its collectives, read off the text of its HLO.
+"""What devices send each other in a compiled program, and the hand-written kernels in it, read off the text of its HLO.
 
 A collective in a loop counts as often as the loop runs. Compilers for TPUs spread one collective over several fused
 operations, which share its channel: it counts once.
@@ -6,6 +6,7 @@ operations, which share its channel: it counts once.
 
 from __future__ import annotations
 
+import collections
 import math
 import re
 from typing import NamedTuple
@@ -31,6 +32,9 @@ _CALLED = re.compile(
 )
 
 
+_KERNEL = re.compile(r"%?([\w\-]+?)(?:\.\d+)* = .*custom_call_target=\"[\w$]*(?:tpu_custom_call|mosaic_gpu|fmha)")
+
+
 class Instruction(NamedTuple):
     name: str
     type: str
@@ -44,6 +48,12 @@ class Sent(NamedTuple):
 
     times: int
     bytes: int
+
+
+def kernels(text: str) -> dict[str, int]:
+    """Pallas' and cuDNN's kernels by name, and how often each stands in the program; one in a loop counts once."""
+    found = collections.Counter(match[1] for match in map(_KERNEL.search, text.splitlines()) if match)
+    return dict(sorted(found.items()))
 
 
 def collectives(text: str) -> dict[str, Sent]:

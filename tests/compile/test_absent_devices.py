@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
+from deconstruct.attention.registry import FORMS
 from tests.need import need
+from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.proof
 
@@ -37,6 +40,11 @@ def get_config(argument=None):
 def config(tmp_path):
     (tmp_path / "tiny.py").write_text(CONFIG)
     return str(tmp_path / "tiny.py")
+
+
+def kernels_of(name):
+    config = tiny_config({"dtype": "bfloat16"}, variant=f"hidden/{name}").model
+    return FORMS[name](config, nnx.Rngs(0)).kernels()
 
 
 def compiled(config, *words):
@@ -78,3 +86,18 @@ def test_a_shape_that_no_slice_has(config):
     status, records, said = compiled(config, "--topology=v5e:3x5")
     assert status == 2 and not records
     assert said.startswith("deconstruct compile: --topology=v5e:3x5: INVALID_ARGUMENT: Topology layout")
+
+
+@pytest.mark.parametrize(("topology", "length"), [("v5e:2x2", 8192), ("v5p:2x2x1", 512), ("v6e:2x2", 512)])
+def test_kernels_of_every_form(config, topology, length):
+    """Forward and backward, by libtpu's own compiler; over long sequences taylor is a walk, over short ones a map."""
+    of_tpus = [name for name in FORMS if "pallas_tpu" in kernels_of(name)]
+    names = ["fixed_random/softmax", *(f"hidden/{name}" for name in of_tpus)]
+    words = [f"--config.layout={','.join(names)}", f"--config.model.num_layers={len(names)}"]
+    words += [f"--config.sequence_length={length}", "--config.model.head_dim=64", "--config.mesh.tensor=1"]
+    status, (record,), _ = compiled(config, f"--topology={topology}", "--programs=mix", *words)
+    assert status == 0 and record["fits"]
+    walks = ["self_gate", "gated_linear", "gated_delta", *(["taylor"] if length > 512 else [])]
+    found = record["kernels"]
+    assert found["walk_forward"] == found["walk_backward"] == len(walks)
+    assert sum(times for name, times in found.items() if "forward" in name or "fwd" in name) == len(names)
