@@ -1,0 +1,246 @@
+"""The backward kernels of pairwise forms. Both form the weights again, from the logits and one number a row.
+
+    dL/dx_ij = u_ij (g_i . v_j - g_i . out_i) / n_i,    u = dw/dx,    n_i = sum_{j<=i} w_ij
+
+One kernel has a block of queries and passes over the keys it sees, for dq; the other has a block of keys and passes
+over the queries that see it, for dk and dv. Sums over sequences that share a map are linear in them, so each group of
+`shared` sequences gives a part of dq and dk.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from deconstruct.kernels.gpu import pipeline, tensor_core
+from deconstruct.kernels.gpu.pipeline import BLOCK
+from deconstruct.kernels.gpu.tensor_core import ROWS, transposed
+from deconstruct.kernels.gpu.weighing import Weighing
+
+STEP = 64  # positions of the other side, at a time
+
+
+class Given(NamedTuple):
+    """What both kernels read."""
+
+    q: Any  # [Bq, L, H, dh]
+    k: Any  # [Bq, L, K, dh]
+    v: Any  # [Bv, L, K, dv]
+    g: Any  # [Bv, L, H, dv]: the cotangent of the results
+    kept: Any  # float32 [Bq, H, L]: of the forward pass
+    means: Any  # float32 [groups, H, L]: g_i . out_i, summed over the group
+
+    @property
+    def groups(self) -> int:
+        return self.means.shape[0]
+
+    @property
+    def shared(self) -> int:
+        return self.v.shape[0] // self.means.shape[0]
+
+    @property
+    def heads_a_key(self) -> int:
+        return self.q.shape[2] // self.k.shape[2]
+
+    def map_row(self, group: jax.Array) -> Any:
+        return group if self.q.shape[0] > 1 else 0
+
+
+class _QueryScratch(NamedTuple):
+    q: Any
+    g: Any
+    kept: Any
+    means: Any
+    k: Any
+    v: Any
+    mine: Any
+    ring: pipeline.Ring
+
+
+def query_gradients(given: Given, weighing: Weighing) -> jax.Array:
+    """dq, a part from each group: [groups, L, H, dh], in q's dtype."""
+    (_, length, heads, dh), dv, shared = given.q.shape, given.v.shape[-1], given.shared
+    two, stages, dtype = pipeline.COMPUTING, pipeline.STAGES, given.q.dtype
+    scratch = _QueryScratch(
+        q=tensor_core.tiles(two, ROWS, dh, dtype=dtype),
+        g=tensor_core.tiles(two * shared, ROWS, dv, dtype=dtype),
+        kept=plgpu.SMEM((two, ROWS), jnp.float32),
+        means=plgpu.SMEM((two, ROWS), jnp.float32),
+        k=tensor_core.tiles(stages, STEP, dh, dtype=dtype),
+        v=tensor_core.tiles(stages * shared, STEP, dv, dtype=dtype),
+        mine=plgpu.Barrier(num_arrivals=3 + shared, num_barriers=two),
+        ring=pipeline.ring(copies=1 + shared),
+    )
+    return plgpu.kernel(
+        lambda *refs: _query_kernel(weighing, Given(*refs[:6]), *refs[6:]),
+        out_type=jax.ShapeDtypeStruct((given.groups, length, heads, dh), dtype),
+        scratch_types=(scratch,),
+        grid=(given.groups, heads, length // BLOCK),
+        grid_names=("group", "head", "block"),
+        num_threads=two + 1,
+        thread_name=pipeline.WARPGROUP,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*given)
+
+
+def _query_kernel(weighing: Weighing, given: Given, dq: Any, scratch: _QueryScratch) -> None:
+    group, head = jax.lax.axis_index("group"), jax.lax.axis_index("head")
+    kv_head = jax.lax.div(head, jnp.int32(given.heads_a_key))
+    map_row, shared, dh = given.map_row(group), given.shared, given.q.shape[-1]
+    block = given.q.shape[1] // BLOCK - 1 - jax.lax.axis_index("block")  # the longest first
+    clear = block * (BLOCK // STEP)
+    steps = clear + BLOCK // STEP
+
+    def load(step: jax.Array, slot: jax.Array) -> None:
+        here, loaded = pl.ds(step * STEP, STEP), scratch.ring.loaded.at[slot]
+        plgpu.copy_gmem_to_smem(given.k.at[map_row, here, kv_head], scratch.k.at[slot], loaded)
+        for i in range(shared):
+            plgpu.copy_gmem_to_smem(given.v.at[group * shared + i, here, kv_head], scratch.v.at[slot * shared + i], loaded)
+
+    def compute(warpgroup: jax.Array) -> None:
+        first = block * BLOCK + warpgroup * ROWS
+        here, mine = pl.ds(first, ROWS), scratch.mine.at[warpgroup]
+        q, g = scratch.q.at[warpgroup], [scratch.g.at[warpgroup * shared + i] for i in range(shared)]
+        plgpu.copy_gmem_to_smem(given.q.at[map_row, here, head], q, mine)
+        for i in range(shared):
+            plgpu.copy_gmem_to_smem(given.g.at[group * shared + i, here, head], g[i], mine)
+        plgpu.copy_gmem_to_smem(given.kept.at[map_row, head, here], scratch.kept.at[warpgroup], mine)
+        plgpu.copy_gmem_to_smem(given.means.at[group, head, here], scratch.means.at[warpgroup], mine)
+        plgpu.barrier_wait(mine)
+        numbers = (scratch.kept.at[warpgroup], scratch.means.at[warpgroup])
+        kept, means = (plgpu.load(x, layout=plgpu.Layout.WGMMA.reduce(1)) for x in numbers)
+
+        def step(at_diagonal: bool, index: jax.Array, sums: jax.Array) -> jax.Array:
+            slot = pipeline.slot_of(index)
+            plgpu.barrier_wait(scratch.ring.loaded.at[slot])
+            keys = scratch.k.at[slot]
+            x = tensor_core.sum_of_products((q, transposed(keys))) * dh**-0.5
+            pairs = [(g[i], transposed(scratch.v.at[slot * shared + i])) for i in range(shared)]
+            dw = tensor_core.sum_of_products(*pairs) - tensor_core.along_rows(means, STEP)
+            _, slope = weighing.again(x, tensor_core.along_rows(kept, STEP))
+            dx = slope * dw
+            if at_diagonal:
+                dx = jnp.where(tensor_core.causal(first, index * STEP, STEP), dx, 0)
+            sums = tensor_core.add_product(sums, dx.astype(keys.dtype), keys)
+            plgpu.barrier_arrive(scratch.ring.used.at[slot])
+            return sums
+
+        sums = jax.lax.fori_loop(0, clear, functools.partial(step, False), tensor_core.zeros(dh))
+        sums = jax.lax.fori_loop(clear, steps, functools.partial(step, True), sums)
+        q[...] = (sums * dh**-0.5).astype(q.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q, dq.at[group, here, head])
+        plgpu.wait_smem_to_gmem(0)
+
+    pipeline.run(compute, load, scratch.ring, steps)
+
+
+class _KeyScratch(NamedTuple):
+    k: Any
+    v: Any
+    q: Any
+    g: Any
+    kept: Any
+    means: Any
+    mine: Any
+    ring: pipeline.Ring
+
+
+def key_and_value_gradients(given: Given, weighing: Weighing) -> tuple[jax.Array, jax.Array]:
+    """dk, a part from each group: [groups, L, K, dh], and dv [Bv, L, K, dv], in the dtypes of k and v."""
+    (_, length, kv_heads, dh), dv, shared = given.k.shape, given.v.shape[-1], given.shared
+    two, stages, dtype = pipeline.COMPUTING, pipeline.STAGES, given.k.dtype
+    scratch = _KeyScratch(
+        k=tensor_core.tiles(two, ROWS, dh, dtype=dtype),
+        v=tensor_core.tiles(two * shared, ROWS, dv, dtype=dtype),
+        q=tensor_core.tiles(stages, STEP, dh, dtype=dtype),
+        g=tensor_core.tiles(stages * shared, STEP, dv, dtype=dtype),
+        kept=plgpu.SMEM((stages, STEP), jnp.float32),
+        means=plgpu.SMEM((stages, STEP), jnp.float32),
+        mine=plgpu.Barrier(num_arrivals=1 + shared, num_barriers=two),
+        ring=pipeline.ring(copies=3 + shared),
+    )
+    return plgpu.kernel(
+        lambda *refs: _key_kernel(weighing, Given(*refs[:6]), *refs[6:]),
+        out_type=(
+            jax.ShapeDtypeStruct((given.groups, length, kv_heads, dh), dtype),
+            jax.ShapeDtypeStruct(given.v.shape, dtype),
+        ),
+        scratch_types=(scratch,),
+        grid=(given.groups, kv_heads, length // BLOCK),  # the longest come first by themselves
+        grid_names=("group", "head", "block"),
+        num_threads=two + 1,
+        thread_name=pipeline.WARPGROUP,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*given)
+
+
+def _key_kernel(weighing: Weighing, given: Given, dk: Any, dv: Any, scratch: _KeyScratch) -> None:
+    group, kv_head, block = (jax.lax.axis_index(name) for name in ("group", "head", "block"))
+    map_row, shared, heads = given.map_row(group), given.shared, given.heads_a_key
+    dh, width = given.q.shape[-1], given.v.shape[-1]
+    # Of each head that reads these keys: the blocks of queries that see them, of which the first are at the diagonal.
+    steps, at_diagonal = (given.q.shape[1] - block * BLOCK) // STEP, BLOCK // STEP
+
+    def load(step: jax.Array, slot: jax.Array) -> None:
+        head = kv_head * heads + jax.lax.div(step, steps)
+        here = pl.ds(block * BLOCK + jax.lax.rem(step, steps) * STEP, STEP)
+        loaded = scratch.ring.loaded.at[slot]
+        plgpu.copy_gmem_to_smem(given.q.at[map_row, here, head], scratch.q.at[slot], loaded)
+        for i in range(shared):
+            plgpu.copy_gmem_to_smem(given.g.at[group * shared + i, here, head], scratch.g.at[slot * shared + i], loaded)
+        plgpu.copy_gmem_to_smem(given.kept.at[map_row, head, here], scratch.kept.at[slot], loaded)
+        plgpu.copy_gmem_to_smem(given.means.at[group, head, here], scratch.means.at[slot], loaded)
+
+    def compute(warpgroup: jax.Array) -> None:
+        first = block * BLOCK + warpgroup * ROWS
+        here, mine = pl.ds(first, ROWS), scratch.mine.at[warpgroup]
+        k, v = scratch.k.at[warpgroup], [scratch.v.at[warpgroup * shared + i] for i in range(shared)]
+        plgpu.copy_gmem_to_smem(given.k.at[map_row, here, kv_head], k, mine)
+        for i in range(shared):
+            plgpu.copy_gmem_to_smem(given.v.at[group * shared + i, here, kv_head], v[i], mine)
+        plgpu.barrier_wait(mine)
+
+        def step(masked: bool, head: jax.Array, index: jax.Array, carry: Any) -> Any:
+            dk_sums, dv_sums = carry
+            slot = pipeline.slot_of(head * steps + index)
+            plgpu.barrier_wait(scratch.ring.loaded.at[slot])
+            q, g = scratch.q.at[slot], [scratch.g.at[slot * shared + i] for i in range(shared)]
+            numbers = (scratch.kept.at[slot], scratch.means.at[slot])
+            kept, means = (
+                tensor_core.along_columns(plgpu.load(x, layout=plgpu.Layout.WGMMA.reduce(0))) for x in numbers
+            )
+            # All transposed: keys down, queries across.
+            x = tensor_core.sum_of_products((k, transposed(q))) * dh**-0.5
+            weights, slope = weighing.again(x, kept)
+            if masked:
+                seen = tensor_core.causal(first, block * BLOCK + index * STEP, STEP, transposed=True)
+                weights, slope = jnp.where(seen, weights, 0), jnp.where(seen, slope, 0)
+            weights = weights.astype(k.dtype)
+            dv_sums = tuple(tensor_core.add_product(part, weights, g[i]) for i, part in enumerate(dv_sums))
+            dw = tensor_core.sum_of_products(*((v[i], transposed(g[i])) for i in range(shared))) - means
+            dk_sums = tensor_core.add_product(dk_sums, (slope * dw).astype(k.dtype), q)
+            plgpu.barrier_arrive(scratch.ring.used.at[slot])
+            return dk_sums, dv_sums
+
+        def of_head(head: jax.Array, carry: Any) -> Any:
+            carry = jax.lax.fori_loop(0, at_diagonal, functools.partial(step, True, head), carry)
+            return jax.lax.fori_loop(at_diagonal, steps, functools.partial(step, False, head), carry)
+
+        carry = tensor_core.zeros(dh), tuple(tensor_core.zeros(width) for _ in range(shared))
+        dk_sums, dv_sums = jax.lax.fori_loop(0, heads, of_head, carry)
+        k[...] = (dk_sums * dh**-0.5).astype(k.dtype)
+        for i, part in enumerate(dv_sums):
+            v[i][...] = part.astype(k.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k, dk.at[group, here, kv_head])
+        for i in range(shared):
+            plgpu.copy_smem_to_gmem(v[i], dv.at[group * shared + i, here, kv_head])
+        plgpu.wait_smem_to_gmem(0)
+
+    pipeline.run(compute, load, scratch.ring, heads * steps)
