@@ -81,8 +81,8 @@ def _backward(weighing: Weighing, saved: tuple[jax.Array, ...], g: jax.Array) ->
 
     def given(width: int) -> Given:
         shared = _shared(q, v, width)
-        grouped = means.reshape(-1, shared, *means.shape[1:]).sum(1)
-        return Given(q, k, v, g, kept, grouped)
+        of_groups = means.reshape(-1, shared, *means.shape[1:]).sum(1)
+        return Given(q, k, v, g, jnp.stack([jnp.broadcast_to(kept, of_groups.shape), of_groups], axis=2))
 
     dq = query_gradients(given(QUERY_WIDTH), weighing)
     dk, dv = key_and_value_gradients(given(KEY_WIDTH), weighing)

@@ -32,16 +32,15 @@ class Given(NamedTuple):
     k: Any  # [Bq, L, K, dh]
     v: Any  # [Bv, L, K, dv]
     g: Any  # [Bv, L, H, dv]: the cotangent of the results
-    kept: Any  # float32 [Bq, H, L]: of the forward pass
-    means: Any  # float32 [groups, H, L]: g_i . out_i, summed over the group
+    numbers: Any  # float32 [groups, H, 2, L]: `kept` of the forward pass, and the group's sum of g_i . out_i
 
     @property
     def groups(self) -> int:
-        return self.means.shape[0]
+        return self.numbers.shape[0]
 
     @property
     def shared(self) -> int:
-        return self.v.shape[0] // self.means.shape[0]
+        return self.v.shape[0] // self.numbers.shape[0]
 
     @property
     def heads_a_key(self) -> int:
@@ -54,8 +53,7 @@ class Given(NamedTuple):
 class _QueryScratch(NamedTuple):
     q: Any
     g: Any
-    kept: Any
-    means: Any
+    numbers: Any
     k: Any
     v: Any
     mine: Any
@@ -66,18 +64,22 @@ def query_gradients(given: Given, weighing: Weighing) -> jax.Array:
     """dq, a part from each group: [groups, L, H, dh], in q's dtype."""
     (_, length, heads, dh), dv, shared = given.q.shape, given.v.shape[-1], given.shared
     two, stages, dtype = pipeline.COMPUTING, pipeline.STAGES, given.q.dtype
+    copies = pipeline.Sequences(0, shared).copies(dv)
     scratch = _QueryScratch(
         q=tensor_core.tiles(two, ROWS, dh, dtype=dtype),
         g=tensor_core.tiles(two * shared, ROWS, dv, dtype=dtype),
-        kept=plgpu.SMEM((two, ROWS), jnp.float32),
-        means=plgpu.SMEM((two, ROWS), jnp.float32),
+        numbers=plgpu.SMEM((two, 2, ROWS), jnp.float32),
         k=tensor_core.tiles(stages, STEP, dh, dtype=dtype),
         v=tensor_core.tiles(stages * shared, STEP, dv, dtype=dtype),
-        mine=plgpu.Barrier(num_arrivals=3 + shared, num_barriers=two),
-        ring=pipeline.ring(copies=1 + shared),
+        mine=plgpu.Barrier(num_arrivals=2 + copies, num_barriers=two),
+        ring=pipeline.ring(copies=1 + copies),
     )
+
+    def pairwise_query_gradients(*refs: Any) -> None:
+        _query_kernel(weighing, Given(*refs[: len(given)]), *refs[len(given) :])
+
     return plgpu.kernel(
-        lambda *refs: _query_kernel(weighing, Given(*refs[:6]), *refs[6:]),
+        pairwise_query_gradients,
         out_type=jax.ShapeDtypeStruct((given.groups, length, heads, dh), dtype),
         scratch_types=(scratch,),
         grid=(given.groups, heads, length // BLOCK),
@@ -92,41 +94,38 @@ def _query_kernel(weighing: Weighing, given: Given, dq: Any, scratch: _QueryScra
     group, head = jax.lax.axis_index("group"), jax.lax.axis_index("head")
     kv_head = jax.lax.div(head, jnp.int32(given.heads_a_key))
     map_row, shared, dh = given.map_row(group), given.shared, given.q.shape[-1]
+    sequences = pipeline.Sequences(group * shared, shared)
     block = given.q.shape[1] // BLOCK - 1 - jax.lax.axis_index("block")  # the longest first
     clear = block * (BLOCK // STEP)
     steps = clear + BLOCK // STEP
 
-    def load(step: jax.Array, slot: jax.Array) -> None:
+    def load(_: jax.Array, step: jax.Array, slot: jax.Array) -> None:
         here, loaded = pl.ds(step * STEP, STEP), scratch.ring.loaded.at[slot]
         plgpu.copy_gmem_to_smem(given.k.at[map_row, here, kv_head], scratch.k.at[slot], loaded)
-        for i in range(shared):
-            plgpu.copy_gmem_to_smem(given.v.at[group * shared + i, here, kv_head], scratch.v.at[slot * shared + i], loaded)
+        sequences.fetch(given.v, here, kv_head, scratch.v, slot, loaded)
 
     def compute(warpgroup: jax.Array) -> None:
         first = block * BLOCK + warpgroup * ROWS
         here, mine = pl.ds(first, ROWS), scratch.mine.at[warpgroup]
         q, g = scratch.q.at[warpgroup], [scratch.g.at[warpgroup * shared + i] for i in range(shared)]
         plgpu.copy_gmem_to_smem(given.q.at[map_row, here, head], q, mine)
-        for i in range(shared):
-            plgpu.copy_gmem_to_smem(given.g.at[group * shared + i, here, head], g[i], mine)
-        plgpu.copy_gmem_to_smem(given.kept.at[map_row, head, here], scratch.kept.at[warpgroup], mine)
-        plgpu.copy_gmem_to_smem(given.means.at[group, head, here], scratch.means.at[warpgroup], mine)
+        sequences.fetch(given.g, here, head, scratch.g, warpgroup, mine)
+        plgpu.copy_gmem_to_smem(given.numbers.at[group, head, :, here], scratch.numbers.at[warpgroup], mine)
         plgpu.barrier_wait(mine)
-        numbers = (scratch.kept.at[warpgroup], scratch.means.at[warpgroup])
-        kept, means = (plgpu.load(x, layout=plgpu.Layout.WGMMA.reduce(1)) for x in numbers)
+        kept, means = (tensor_core.row_numbers(scratch.numbers.at[warpgroup, i]) for i in (0, 1))
 
         def step(at_diagonal: bool, index: jax.Array, sums: jax.Array) -> jax.Array:
             slot = pipeline.slot_of(index)
             plgpu.barrier_wait(scratch.ring.loaded.at[slot])
             keys = scratch.k.at[slot]
-            x = tensor_core.sum_of_products((q, transposed(keys))) * dh**-0.5
+            x = tensor_core.product(q, transposed(keys)) * dh**-0.5
             pairs = [(g[i], transposed(scratch.v.at[slot * shared + i])) for i in range(shared)]
-            dw = tensor_core.sum_of_products(*pairs) - tensor_core.along_rows(means, STEP)
+            dw = tensor_core.add_products(tensor_core.along_rows(-means, STEP), *pairs)
             _, slope = weighing.again(x, tensor_core.along_rows(kept, STEP))
             dx = slope * dw
             if at_diagonal:
                 dx = jnp.where(tensor_core.causal(first, index * STEP, STEP), dx, 0)
-            sums = tensor_core.add_product(sums, dx.astype(keys.dtype), keys)
+            sums = tensor_core.add_products(sums, (dx.astype(keys.dtype), keys))
             plgpu.barrier_arrive(scratch.ring.used.at[slot])
             return sums
 
@@ -145,8 +144,7 @@ class _KeyScratch(NamedTuple):
     v: Any
     q: Any
     g: Any
-    kept: Any
-    means: Any
+    numbers: Any
     mine: Any
     ring: pipeline.Ring
 
@@ -155,18 +153,22 @@ def key_and_value_gradients(given: Given, weighing: Weighing) -> tuple[jax.Array
     """dk, a part from each group: [groups, L, K, dh], and dv [Bv, L, K, dv], in the dtypes of k and v."""
     (_, length, kv_heads, dh), dv, shared = given.k.shape, given.v.shape[-1], given.shared
     two, stages, dtype = pipeline.COMPUTING, pipeline.STAGES, given.k.dtype
+    copies = pipeline.Sequences(0, shared).copies(dv)
     scratch = _KeyScratch(
         k=tensor_core.tiles(two, ROWS, dh, dtype=dtype),
         v=tensor_core.tiles(two * shared, ROWS, dv, dtype=dtype),
         q=tensor_core.tiles(stages, STEP, dh, dtype=dtype),
         g=tensor_core.tiles(stages * shared, STEP, dv, dtype=dtype),
-        kept=plgpu.SMEM((stages, STEP), jnp.float32),
-        means=plgpu.SMEM((stages, STEP), jnp.float32),
-        mine=plgpu.Barrier(num_arrivals=1 + shared, num_barriers=two),
-        ring=pipeline.ring(copies=3 + shared),
+        numbers=plgpu.SMEM((stages, 2, STEP), jnp.float32),
+        mine=plgpu.Barrier(num_arrivals=1 + copies, num_barriers=two),
+        ring=pipeline.ring(copies=2 + copies),
     )
+
+    def pairwise_key_gradients(*refs: Any) -> None:
+        _key_kernel(weighing, Given(*refs[: len(given)]), *refs[len(given) :])
+
     return plgpu.kernel(
-        lambda *refs: _key_kernel(weighing, Given(*refs[:6]), *refs[6:]),
+        pairwise_key_gradients,
         out_type=(
             jax.ShapeDtypeStruct((given.groups, length, kv_heads, dh), dtype),
             jax.ShapeDtypeStruct(given.v.shape, dtype),
@@ -183,27 +185,23 @@ def key_and_value_gradients(given: Given, weighing: Weighing) -> tuple[jax.Array
 def _key_kernel(weighing: Weighing, given: Given, dk: Any, dv: Any, scratch: _KeyScratch) -> None:
     group, kv_head, block = (jax.lax.axis_index(name) for name in ("group", "head", "block"))
     map_row, shared, heads = given.map_row(group), given.shared, given.heads_a_key
-    dh, width = given.q.shape[-1], given.v.shape[-1]
+    dh, width, sequences = given.q.shape[-1], given.v.shape[-1], pipeline.Sequences(group * shared, shared)
     # Of each head that reads these keys: the blocks of queries that see them, of which the first are at the diagonal.
     steps, at_diagonal = (given.q.shape[1] - block * BLOCK) // STEP, BLOCK // STEP
 
-    def load(step: jax.Array, slot: jax.Array) -> None:
-        head = kv_head * heads + jax.lax.div(step, steps)
-        here = pl.ds(block * BLOCK + jax.lax.rem(step, steps) * STEP, STEP)
+    def load(of_these: jax.Array, step: jax.Array, slot: jax.Array) -> None:
+        head, here = kv_head * heads + of_these, pl.ds(block * BLOCK + step * STEP, STEP)
         loaded = scratch.ring.loaded.at[slot]
         plgpu.copy_gmem_to_smem(given.q.at[map_row, here, head], scratch.q.at[slot], loaded)
-        for i in range(shared):
-            plgpu.copy_gmem_to_smem(given.g.at[group * shared + i, here, head], scratch.g.at[slot * shared + i], loaded)
-        plgpu.copy_gmem_to_smem(given.kept.at[map_row, head, here], scratch.kept.at[slot], loaded)
-        plgpu.copy_gmem_to_smem(given.means.at[group, head, here], scratch.means.at[slot], loaded)
+        sequences.fetch(given.g, here, head, scratch.g, slot, loaded)
+        plgpu.copy_gmem_to_smem(given.numbers.at[group, head, :, here], scratch.numbers.at[slot], loaded)
 
     def compute(warpgroup: jax.Array) -> None:
         first = block * BLOCK + warpgroup * ROWS
         here, mine = pl.ds(first, ROWS), scratch.mine.at[warpgroup]
         k, v = scratch.k.at[warpgroup], [scratch.v.at[warpgroup * shared + i] for i in range(shared)]
         plgpu.copy_gmem_to_smem(given.k.at[map_row, here, kv_head], k, mine)
-        for i in range(shared):
-            plgpu.copy_gmem_to_smem(given.v.at[group * shared + i, here, kv_head], v[i], mine)
+        sequences.fetch(given.v, here, kv_head, scratch.v, warpgroup, mine)
         plgpu.barrier_wait(mine)
 
         def step(masked: bool, head: jax.Array, index: jax.Array, carry: Any) -> Any:
@@ -211,20 +209,17 @@ def _key_kernel(weighing: Weighing, given: Given, dk: Any, dv: Any, scratch: _Ke
             slot = pipeline.slot_of(head * steps + index)
             plgpu.barrier_wait(scratch.ring.loaded.at[slot])
             q, g = scratch.q.at[slot], [scratch.g.at[slot * shared + i] for i in range(shared)]
-            numbers = (scratch.kept.at[slot], scratch.means.at[slot])
-            kept, means = (
-                tensor_core.along_columns(plgpu.load(x, layout=plgpu.Layout.WGMMA.reduce(0))) for x in numbers
-            )
-            # All transposed: keys down, queries across.
-            x = tensor_core.sum_of_products((k, transposed(q))) * dh**-0.5
-            weights, slope = weighing.again(x, kept)
+            # All transposed: keys down, queries across. The numbers of the queries are read when they are needed.
+            x = tensor_core.product(k, transposed(q)) * dh**-0.5
+            weights, slope = weighing.again(x, tensor_core.along_columns(scratch.numbers.at[slot, 0]))
             if masked:
                 seen = tensor_core.causal(first, block * BLOCK + index * STEP, STEP, transposed=True)
                 weights, slope = jnp.where(seen, weights, 0), jnp.where(seen, slope, 0)
             weights = weights.astype(k.dtype)
-            dv_sums = tuple(tensor_core.add_product(part, weights, g[i]) for i, part in enumerate(dv_sums))
-            dw = tensor_core.sum_of_products(*((v[i], transposed(g[i])) for i in range(shared))) - means
-            dk_sums = tensor_core.add_product(dk_sums, (slope * dw).astype(k.dtype), q)
+            dv_sums = tuple(tensor_core.add_products(part, (weights, g[i])) for i, part in enumerate(dv_sums))
+            means = tensor_core.along_columns(scratch.numbers.at[slot, 1])
+            dw = tensor_core.add_products(-means, *((v[i], transposed(g[i])) for i in range(shared)))
+            dk_sums = tensor_core.add_products(dk_sums, ((slope * dw).astype(k.dtype), q))
             plgpu.barrier_arrive(scratch.ring.used.at[slot])
             return dk_sums, dv_sums
 
@@ -239,8 +234,7 @@ def _key_kernel(weighing: Weighing, given: Given, dk: Any, dv: Any, scratch: _Ke
             v[i][...] = part.astype(k.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k, dk.at[group, here, kv_head])
-        for i in range(shared):
-            plgpu.copy_smem_to_gmem(v[i], dv.at[group * shared + i, here, kv_head])
+        sequences.write(scratch.v, warpgroup, dv, here, kv_head)
         plgpu.wait_smem_to_gmem(0)
 
-    pipeline.run(compute, load, scratch.ring, heads * steps)
+    pipeline.run(compute, load, scratch.ring, steps, rounds=heads)

@@ -48,10 +48,14 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, weighing: Weighing, shared
         out=tensor_core.tiles(two, ROWS, dv, dtype=v.dtype),
         kept=plgpu.SMEM((two, ROWS), jnp.float32),
         q_loaded=plgpu.Barrier(num_barriers=two),
-        ring=pipeline.ring(copies=1 + shared),
+        ring=pipeline.ring(copies=1 + pipeline.Sequences(0, shared).copies(dv)),
     )
+
+    def pairwise_forward(*refs: Any) -> None:
+        _kernel(weighing, shared, *refs)
+
     out, kept = plgpu.kernel(
-        functools.partial(_kernel, weighing, shared),
+        pairwise_forward,
         out_type=(
             jax.ShapeDtypeStruct((batch, length, heads, dv), v.dtype),
             jax.ShapeDtypeStruct((batch // shared, heads, length), jnp.float32),
@@ -80,11 +84,10 @@ def _kernel(
     clear = block * (BLOCK // keys)  # steps in which all queries see all keys
     steps = clear + BLOCK // keys
 
-    def load(step: jax.Array, slot: jax.Array) -> None:
+    def load(_: jax.Array, step: jax.Array, slot: jax.Array) -> None:
         here, loaded = pl.ds(step * keys, keys), scratch.ring.loaded.at[slot]
         plgpu.copy_gmem_to_smem(k.at[map_row, here, kv_head], scratch.k.at[slot], loaded)
-        for i in range(shared):
-            plgpu.copy_gmem_to_smem(v.at[group * shared + i, here, kv_head], scratch.v.at[slot * shared + i], loaded)
+        pipeline.Sequences(group * shared, shared).fetch(v, here, kv_head, scratch.v, slot, loaded)
 
     def compute(warpgroup: jax.Array) -> None:
         first = block * BLOCK + warpgroup * ROWS
@@ -97,13 +100,13 @@ def _kernel(
             rows, sums = carry
             slot = pipeline.slot_of(index)
             plgpu.barrier_wait(scratch.ring.loaded.at[slot])
-            x = tensor_core.sum_of_products((queries, tensor_core.transposed(scratch.k.at[slot]))) * dh**-0.5
+            x = tensor_core.product(queries, tensor_core.transposed(scratch.k.at[slot])) * dh**-0.5
             seen = tensor_core.causal(first, index * keys, keys) if at_diagonal else None
             weights, decay, rows = weighing.weigh(x, seen, rows)
             if decay is not None:
                 sums = tuple(part * tensor_core.along_rows(decay, dv) for part in sums)
             weights = weights.astype(v.dtype)
-            sums = tuple(tensor_core.add_product(part, weights, scratch.v.at[slot * shared + i]) for i, part in enumerate(sums))
+            sums = tuple(tensor_core.add_products(part, (weights, scratch.v.at[slot * shared + i])) for i, part in enumerate(sums))
             plgpu.barrier_arrive(scratch.ring.used.at[slot])
             return rows, sums
 

@@ -7,6 +7,7 @@ functions, of which Mosaic GPU's interpreter knows the first only: it has no ope
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -39,9 +40,20 @@ def along_rows(x: jax.Array, columns: int) -> jax.Array:
     return jax.lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
 
-def along_columns(x: jax.Array) -> jax.Array:
-    """[columns] -> [64, columns], the same in every row."""
+def along_columns(ref: Any) -> jax.Array:
+    """[columns] in shared memory -> [64, columns], the same in every row."""
+    x = _load(ref, plgpu.Layout.WGMMA.reduce(0))
     return jax.lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
+
+
+def row_numbers(ref: Any) -> jax.Array:
+    """[64] in shared memory -> [64], one number for each row of a product."""
+    return _load(ref, plgpu.Layout.WGMMA.reduce(1))
+
+
+def _load(ref: Any, layout: Any) -> jax.Array:
+    everything = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}  # jax 0.10 asks for it
+    return plgpu.load(ref, layout=layout, **everything)
 
 
 def transposed(ref: Any) -> Any:
@@ -49,20 +61,24 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0))
 
 
-def sum_of_products(*pairs: tuple[Any, Any]) -> jax.Array:
-    """The sum of a @ b over pairs of tiles in shared memory, [64, width] and [width, columns]: float32 [64, columns]."""
+def product(a: Any, b: Any) -> jax.Array:
+    """a @ b of two tiles, [64, width] and [width, columns]: float32 [64, columns]."""
 
     def multiply(sums: Any) -> jax.Array:
-        for a, b in pairs:
-            plgpu.wgmma(sums, a, b)
+        plgpu.wgmma(sums, a, b)
         return sums[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((ROWS, pairs[0][1].shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[1]), jnp.float32))
 
 
-def add_product(sums: jax.Array, a: jax.Array, b: Any) -> jax.Array:
-    """sums + a @ b: float32 [64, columns]; a [64, width] in registers, in b's dtype; b [width, columns] a tile."""
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(sums))
+def add_products(sums: jax.Array, *pairs: tuple[Any, Any]) -> jax.Array:
+    """sums + a @ b + ..., float32 [64, columns]; a [64, width] a tile, or in registers in b's dtype; b a tile."""
+
+    def multiply(ref: Any) -> None:
+        for a, b in pairs:
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(multiply)(plgpu.ACC.init(sums))
 
 
 def causal(rows: jax.Array, columns: jax.Array, width: int, transposed: bool = False) -> jax.Array:
