@@ -51,6 +51,11 @@ def row_numbers(ref: Any) -> jax.Array:
     return _load(ref, plgpu.Layout.WGMMA.reduce(1))
 
 
+def load_tile(ref: Any) -> jax.Array:
+    """A tile [64, columns] in registers, laid out as products are."""
+    return _load(ref, plgpu.Layout.WGMMA)
+
+
 def _load(ref: Any, layout: Any) -> jax.Array:
     everything = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}  # jax 0.10 asks for it
     return plgpu.load(ref, layout=layout, **everything)
