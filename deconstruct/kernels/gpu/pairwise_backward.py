@@ -86,7 +86,7 @@ def query_gradients(given: Given, weighing: Weighing) -> jax.Array:
         grid_names=("group", "head", "block"),
         num_threads=two + 1,
         thread_name=pipeline.WARPGROUP,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=tensor_core.COMPILER,
     )(*given)
 
 
@@ -178,7 +178,7 @@ def key_and_value_gradients(given: Given, weighing: Weighing) -> tuple[jax.Array
         grid_names=("group", "head", "block"),
         num_threads=two + 1,
         thread_name=pipeline.WARPGROUP,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=tensor_core.COMPILER,
     )(*given)
 
 

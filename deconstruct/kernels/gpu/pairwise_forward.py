@@ -66,7 +66,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, weighing: Weighing, shared
         grid_names=("group", "head", "block"),
         num_threads=two + 1,
         thread_name=pipeline.WARPGROUP,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=tensor_core.COMPILER,
     )(q, k, v)
     return out, kept[:qk_batch]
 

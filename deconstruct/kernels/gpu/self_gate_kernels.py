@@ -49,7 +49,7 @@ def running_mean(numbers: jax.Array, v: jax.Array) -> jax.Array:
         scratch_types=(scratch,),
         grid=(batch, heads),
         grid_names=("sequence", "head"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=tensor_core.COMPILER,
     )(numbers, v)
 
 
@@ -127,7 +127,7 @@ def mean_gradients(
         scratch_types=(scratch,),
         grid=(batch, heads),
         grid_names=("sequence", "head"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=tensor_core.COMPILER,
     )(numbers, v, g, means)
 
 

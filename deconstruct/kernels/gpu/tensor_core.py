@@ -19,6 +19,11 @@ ROWS = 64  # of a product, for one warpgroup
 LANES = 64  # 16-bit numbers in 128 bytes, the widest swizzle: widths are multiples of it
 
 
+# Of every kernel here. `Lane`: layouts in registers are those that are named below. Warpgroup, which infers them and is
+# the default from jax 0.11 on, does not end on one of the kernels (0.12).
+COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+
 def tiles(*shape: int, dtype: jax.typing.DTypeLike) -> Any:
     """Scratch in shared memory, laid out for products: [..., rows, width], a width of 64 or a multiple."""
     transforms = (plgpu.TilingTransform((8, LANES)), plgpu.SwizzleTransform(128))
