@@ -220,6 +220,7 @@ def _key_kernel(weighing: Weighing, given: Given, dk: Any, dv: Any, scratch: _Ke
             means = tensor_core.along_columns(scratch.numbers.at[slot, 1])
             dw = tensor_core.add_products(-means, *((v[i], transposed(g[i])) for i in range(shared)))
             dk_sums = tensor_core.add_products(dk_sums, ((slope * dw).astype(k.dtype), q))
+            plgpu.commit_smem()  # the numbers were read, before a copy writes there again
             plgpu.barrier_arrive(scratch.ring.used.at[slot])
             return dk_sums, dv_sums
 
