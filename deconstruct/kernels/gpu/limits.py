@@ -16,7 +16,7 @@ ASSEMBLER, REPAIRED = "nvidia-cuda-nvcc-cu12", (12, 9, 86)  # the wheel of CUDA 
 def refuses(
     dtype: jax.typing.DTypeLike, head_dim: int, value_dim: int | None = None, capability: str | None = None
 ) -> str | None:
-    """Why the kernels cannot take heads of such a dtype and such widths, in words that follow a name; None where they can.
+    """Why the kernels cannot take heads of such a dtype and widths, in words that follow a name; None where they can.
 
     `capability` is that of the GPU, as `device.compute_capability` has it; None where it is not known. Any length,
     batch and number of heads will do; masks of documents and windows will not.
@@ -32,7 +32,7 @@ def refuses(
 
 
 def _assembler_refuses() -> str | None:
-    """jax's own attention for Hopper refuses causal masks with CUDA 12.8.0 to 12.9.0, whose ptxas compiles them wrongly."""
+    """The ptxas of CUDA 12.8.0 to 12.9.0 compiles causal masks wrongly: jax's own attention for Hopper says so."""
     try:
         version = importlib.metadata.version(ASSEMBLER)
     except importlib.metadata.PackageNotFoundError:

@@ -38,7 +38,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, weighing: Weighing, shared
     Bq = 1.
     """
     qk_batch, length, heads, dh = q.shape
-    batch, _, kv_heads, dv = v.shape
+    batch, dv = v.shape[0], v.shape[3]
     keys = 128 if shared * dv <= 128 else 64  # a block of them: what the sums leave of the registers
     two, stages = pipeline.COMPUTING, pipeline.STAGES
     scratch = _Scratch(
@@ -71,9 +71,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, weighing: Weighing, shared
     return out, kept[:qk_batch]
 
 
-def _kernel(
-    weighing: Weighing, shared: int, q: Any, k: Any, v: Any, out: Any, kept: Any, scratch: _Scratch
-) -> None:
+def _kernel(weighing: Weighing, shared: int, q: Any, k: Any, v: Any, out: Any, kept: Any, scratch: _Scratch) -> None:
     group, head = jax.lax.axis_index("group"), jax.lax.axis_index("head")
     kv_head = jax.lax.div(head, jnp.int32(q.shape[2] // k.shape[2]))
     map_row = group if q.shape[0] > 1 else 0
@@ -106,7 +104,10 @@ def _kernel(
             if decay is not None:
                 sums = tuple(part * tensor_core.along_rows(decay, dv) for part in sums)
             weights = weights.astype(v.dtype)
-            sums = tuple(tensor_core.add_products(part, (weights, scratch.v.at[slot * shared + i])) for i, part in enumerate(sums))
+            sums = tuple(
+                tensor_core.add_products(part, (weights, scratch.v.at[slot * shared + i]))
+                for i, part in enumerate(sums)
+            )
             plgpu.barrier_arrive(scratch.ring.used.at[slot])
             return rows, sums
 

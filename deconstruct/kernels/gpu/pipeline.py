@@ -44,11 +44,11 @@ class Sequences(NamedTuple):
     """
 
     first: Any  # int32 []
-    count: int
+    size: int
 
     def copies(self, width: int) -> int:
         """How many copies `fetch` starts."""
-        return 1 if width == LANES else self.count
+        return 1 if width == LANES else self.size
 
     def fetch(self, source: Any, positions: Any, head: Any, tiles: Any, slot: Any, loaded: Any) -> None:
         """source [B, L, heads, width], of which `positions` and `head` go to the buffer `slot` of tiles."""
@@ -61,10 +61,10 @@ class Sequences(NamedTuple):
             plgpu.copy_smem_to_gmem(tiles.at[buffer], target.at[member, positions, head])
 
     def _pairs(self, width: int, slot: Any) -> list[tuple[Any, Any]]:
-        start = slot * self.count
-        if self.count > 1 and self.copies(width) == 1:
-            return [(pl.ds(self.first, self.count), pl.ds(start, self.count))]
-        return [(self.first + i, start + i) for i in range(self.count)]
+        start = slot * self.size
+        if self.size > 1 and self.copies(width) == 1:
+            return [(pl.ds(self.first, self.size), pl.ds(start, self.size))]
+        return [(self.first + i, start + i) for i in range(self.size)]
 
 
 def slot_of(step: jax.Array) -> jax.Array:
@@ -78,8 +78,8 @@ def run(
     steps: jax.Array,
     rounds: int = 1,
 ) -> None:
-    """Runs `compute(warpgroup)` on the two that compute, and on the third `load(round, step, slot)` for all steps of each
-    round."""
+    """Runs `compute(warpgroup)` on the two that compute, and `load(round, step, slot)` on the third: for all `steps` of
+    each round."""
     warpgroup = jax.lax.axis_index(WARPGROUP)
 
     @pl.when(warpgroup < COMPUTING)

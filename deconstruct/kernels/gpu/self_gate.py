@@ -1,6 +1,7 @@
 """The self-gated running mean on a Hopper GPU: one pass over the values, and one back over them for the gradients.
 
-    out_i = sum_{j<=i} p_ij v_j,    p_ij = exp(s_j - n_i),    n_i = log sum_{j<=i} exp(s_j),    s_j = silu(q_j) . k_j / sqrt(dh)
+    out_i = sum_{j<=i} p_ij v_j,    p_ij = exp(s_j - n_i)
+    n_i = log sum_{j<=i} exp(s_j),    s_j = silu(q_j) . k_j / sqrt(dh)
 
 Scores and n are one number for each position and head, next to dv for the values: XLA forms them, and the derivatives
 of the scores. (Mosaic GPU has no running maximum.) What has the width of the values is left to the kernels.

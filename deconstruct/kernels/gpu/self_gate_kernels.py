@@ -104,9 +104,7 @@ class _BackwardScratch(NamedTuple):
     loaded: Any
 
 
-def mean_gradients(
-    numbers: jax.Array, v: jax.Array, g: jax.Array, means: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def mean_gradients(numbers: jax.Array, v: jax.Array, g: jax.Array, means: jax.Array) -> tuple[jax.Array, jax.Array]:
     """ds float32 [Bv, H, L] and D [Bv, L, H, dv], of each sequence and query head.
 
     As for `running_mean`; g [Bv, L, H, dv] is the cotangent of its results, and means float32 [Bv, H, L] are g . out.
@@ -131,9 +129,7 @@ def mean_gradients(
     )(numbers, v, g, means)
 
 
-def _mean_gradients(
-    numbers: Any, v: Any, g: Any, means: Any, dscores: Any, dv: Any, scratch: _BackwardScratch
-) -> None:
+def _mean_gradients(numbers: Any, v: Any, g: Any, means: Any, dscores: Any, dv: Any, scratch: _BackwardScratch) -> None:
     sequence, head = jax.lax.axis_index("sequence"), jax.lax.axis_index("head")
     kv_head = jax.lax.div(head, jnp.int32(g.shape[2] // v.shape[2]))
     map_row = sequence if numbers.shape[0] > 1 else 0

@@ -26,7 +26,7 @@ COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.Lower
 
 def tiles(*shape: int, dtype: jax.typing.DTypeLike) -> Any:
     """Scratch in shared memory, laid out for products: [..., rows, width], a width of 64 or a multiple."""
-    transforms = (plgpu.TilingTransform((8, LANES)), plgpu.SwizzleTransform(128))
+    transforms = (plgpu.TilingTransform((8, LANES)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -62,7 +62,9 @@ def load_tile(ref: Any) -> jax.Array:
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:
-    everything = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}  # jax 0.10 asks for it
+    everything: dict[str, Any] = (
+        {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
+    )  # jax 0.10 asks for it
     return plgpu.load(ref, layout=layout, **everything)
 
 
@@ -92,8 +94,9 @@ def add_products(sums: jax.Array, *pairs: tuple[Any, Any]) -> jax.Array:
 
 
 def causal(rows: jax.Array, columns: jax.Array, width: int, transposed: bool = False) -> jax.Array:
-    """bool [64, width], for positions from `rows` on down and from `columns` on across: the query's is the key's or after
-    it. Queries stand down and keys across, or `transposed`.
+    """bool [64, width], of positions from `rows` on (down) and `columns` on (across): whether the query sees the key.
+
+    Queries stand down and keys across, or `transposed`.
     """
     down, across = (
         plgpu.broadcasted_iota(jnp.int32, (ROWS, width), axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)

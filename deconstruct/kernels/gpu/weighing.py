@@ -54,7 +54,7 @@ def _taylor_again(x: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (slope * slope * 0.5 + 0.5) * kept, slope * kept
 
 
-# w(x) = 1 + x + x^2 / 2 = ((1 + x)^2 + 1) / 2, w' = 1 + x. No weight is below 1/2, so no maximum is needed. 1 / n is kept.
+# w(x) = 1 + x + x^2 / 2 = ((1 + x)^2 + 1) / 2, w' = 1 + x. No weight is below 1/2: no maximum is needed. 1 / n is kept.
 TAYLOR = Weighing(_taylor_start, _taylor_weigh, _taylor_finish, _taylor_again)
 
 LOG2E = math.log2(math.e)

@@ -40,7 +40,12 @@ def test_an_assembler_that_compiles_wrongly(version, refused, monkeypatch):
         ((2, 8, 4, 64), (2, 8, 2, 64), (3, 8, 2, 64), "queries of batch 2 and values of batch 3"),
         ((2, 8, 4, 64), (2, 9, 2, 64), (2, 8, 2, 64), "do not fit together"),
         ((2, 8, 3, 64), (2, 8, 2, 64), (2, 8, 2, 64), "do not fit together"),
-        ((2, 8, 4, 32), (2, 8, 2, 32), (2, 8, 2, 64), "the kernel for GPUs needs heads of a width of 64 or 128, not 32"),
+        (
+            (2, 8, 4, 32),
+            (2, 8, 2, 32),
+            (2, 8, 2, 64),
+            "the kernel for GPUs needs heads of a width of 64 or 128, not 32",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit(attention, q, k, v, message):

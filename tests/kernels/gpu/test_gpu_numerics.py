@@ -1,7 +1,7 @@
 """The GPU kernels in Mosaic GPU's interpreter, against the float64 definitions: values and gradients.
 
-The interpreter runs the kernels as they are written (copies, barriers, blocks, masks, three warpgroups at a time), but for
-one instruction that it lacks: a product that adds to sums and takes operands from registers.
+The interpreter runs the kernels as they are written (copies, barriers, blocks, masks, three warpgroups at a time), but
+for one instruction that it lacks: a product that adds to sums and takes operands from registers.
 """
 
 import functools
