@@ -3,8 +3,7 @@
     out_i = sum_{j<=i} p_ij v_j,    p_ij = exp(s_j - n_i)
     n_i = log sum_{j<=i} exp(s_j),    s_j = silu(q_j) . k_j / sqrt(dh)
 
-Scores and n are one number for each position and head, next to dv for the values: XLA forms them, and the derivatives
-of the scores. (Mosaic GPU has no running maximum.) What has the width of the values is left to the kernels.
+XLA forms the scores, and the derivatives of queries and keys from theirs: products of rows, which it fuses by itself.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ def _mean(scores: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _forward(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    numbers = jnp.stack([scores, jax.lax.cumlogsumexp(scores, axis=2)], axis=2) * LOG2E
-    out = running_mean(numbers, v)
-    return out, (numbers, v, out)
+    scores = scores * LOG2E
+    out, sums = running_mean(scores, v)
+    return out, (jnp.stack([scores, sums[: scores.shape[0]]], axis=2), v, out)
 
 
 def _backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array]:

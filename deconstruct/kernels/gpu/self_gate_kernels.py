@@ -3,10 +3,10 @@
     out_i = sum_{j<=i} p_ij v_j,    p_ij = exp(s_j - n_i),    n_i = log sum_{j<=i} exp(s_j)
     D_j = sum_{i>=j} p_ij g_i,    ds_j = v_j . D_j - sum_{i>=j} p_ij (g_i . out_i)
 
-n does not fall along a sequence, so no exponent is above zero, whatever the scores. A warpgroup walks along one head of
-one sequence, 64 positions at a time; memory, not arithmetic, is what it waits for. Between chunks it carries their sum
-relative to the n of their border, as 64 equal rows: products make these, and take them again, without a row ever having
-to be taken out of a product.
+A warpgroup walks along one head of one sequence, 64 positions at a time; memory, not arithmetic, is what it waits for.
+Forward, all is relative to the running maximum; backward, to n, which does not fall along a sequence: no exponent is
+above zero, whatever the scores. Between chunks a sum is carried as 64 equal rows: products make these, and take them
+again, without a row ever having to be taken out of a product.
 """
 
 from __future__ import annotations
@@ -28,69 +28,88 @@ AHEAD = 4  # chunks on their way from memory at a time
 
 
 class _ForwardScratch(NamedTuple):
-    numbers: Any
+    scores: Any
     v: Any
+    sums: Any
     out: Any
     loaded: Any
 
 
-def running_mean(numbers: jax.Array, v: jax.Array) -> jax.Array:
-    """numbers float32 [Bq, H, 2, L]: s and n, times log2 e; v [Bv, L, K, dv] -> [Bv, L, H, dv]. L a multiple of 64."""
-    (batch, length, _, dv), heads = v.shape, numbers.shape[1]
+def running_mean(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """scores float32 [Bq, H, L], v [Bv, L, K, dv] -> the means [Bv, L, H, dv], and n, float32 [Bv, H, L].
+
+    Scores and n are times log2 e; L is a multiple of 64. Where Bq = 1 all rows of n are the same.
+    """
+    (batch, length, _, dv), heads = v.shape, scores.shape[1]
     scratch = _ForwardScratch(
-        numbers=plgpu.SMEM((AHEAD, 2, CHUNK), jnp.float32),
+        scores=plgpu.SMEM((AHEAD, CHUNK), jnp.float32),
         v=tensor_core.tiles(AHEAD, CHUNK, dv, dtype=v.dtype),
+        sums=plgpu.SMEM((2, CHUNK), jnp.float32),
         out=tensor_core.tiles(2, CHUNK, dv, dtype=v.dtype),
         loaded=plgpu.Barrier(num_arrivals=2, num_barriers=AHEAD),
     )
     return plgpu.kernel(
         _running_mean,
-        out_type=jax.ShapeDtypeStruct((batch, length, heads, dv), v.dtype),
+        out_type=(
+            jax.ShapeDtypeStruct((batch, length, heads, dv), v.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
         scratch_types=(scratch,),
         grid=(batch, heads),
         grid_names=("sequence", "head"),
         compiler_params=tensor_core.COMPILER,
-    )(numbers, v)
+    )(scores, v)
 
 
-def _running_mean(numbers: Any, v: Any, out: Any, scratch: _ForwardScratch) -> None:
+def _running_mean(scores: Any, v: Any, out: Any, sums: Any, scratch: _ForwardScratch) -> None:
     sequence, head = jax.lax.axis_index("sequence"), jax.lax.axis_index("head")
-    kv_head = jax.lax.div(head, jnp.int32(numbers.shape[1] // v.shape[2]))
-    map_row = sequence if numbers.shape[0] > 1 else 0
+    kv_head = jax.lax.div(head, jnp.int32(scores.shape[1] // v.shape[2]))
+    map_row = sequence if scores.shape[0] > 1 else 0
     chunks, dv = v.shape[1] // CHUNK, v.shape[-1]
 
     def load(chunk: Any, slot: Any) -> None:
         here, loaded = pl.ds(chunk * CHUNK, CHUNK), scratch.loaded.at[slot]
-        plgpu.copy_gmem_to_smem(numbers.at[map_row, head, :, here], scratch.numbers.at[slot], loaded)
+        plgpu.copy_gmem_to_smem(scores.at[map_row, head, here], scratch.scores.at[slot], loaded)
         plgpu.copy_gmem_to_smem(v.at[sequence, here, kv_head], scratch.v.at[slot], loaded)
 
-    def step(chunk: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        border, past = carry
+    def step(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        border, past_sum, past = (
+            carry  # the maximum before this chunk, and relative to it the sums, of weights and values
+        )
         slot = jax.lax.rem(chunk, jnp.int32(AHEAD))
         plgpu.barrier_wait(scratch.loaded.at[slot])
-        scores, sums = along_columns(scratch.numbers.at[slot, 0]), row_numbers(scratch.numbers.at[slot, 1])
-        last = along_columns(scratch.numbers.at[slot, 1]).max(axis=1)
-        values = scratch.v.at[slot]
-        weights = jnp.exp2(scores - along_rows(sums, CHUNK))
-        weights = jnp.where(tensor_core.causal(jnp.int32(0), jnp.int32(0), CHUNK), weights, 0).astype(v.dtype)
-        result = tensor_core.add_products(past * along_rows(jnp.exp2(border - sums), dv), (weights, values))
-        weights = jnp.exp2(scores - along_rows(last, CHUNK)).astype(v.dtype)
-        past = tensor_core.add_products(past * along_rows(jnp.exp2(border - last), dv), (weights, values))
-        place = jax.lax.rem(chunk, jnp.int32(2))
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # what was written from there two steps ago has been read
-        scratch.out[place] = result.astype(v.dtype)
+        x, values = along_columns(scratch.scores.at[slot]), scratch.v.at[slot]
+
+        def sums_to(highest: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            weights, decay = jnp.exp2(x - along_rows(highest, CHUNK)), jnp.exp2(border - highest)
+            of_values = past * along_rows(decay, dv)
+            of_values = tensor_core.add_products(of_values, (weights.astype(v.dtype), values))
+            return past_sum * decay + weights.sum(axis=1), of_values
+
+        seen = jnp.where(tensor_core.causal(jnp.int32(0), jnp.int32(0), CHUNK), x, -math.inf)
+        highest = jnp.maximum(border, seen.max(axis=1))
+        total, result = sums_to(highest, seen)
+        place, here = jax.lax.rem(chunk, jnp.int32(2)), pl.ds(chunk * CHUNK, CHUNK)
+        plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # what was written from there two steps ago has been read
+        scratch.sums[place] = highest + jnp.log(total) * LOG2E
+        scratch.out[place] = (result / along_rows(total, dv)).astype(v.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scratch.out.at[place], out.at[sequence, pl.ds(chunk * CHUNK, CHUNK), head])
+        plgpu.copy_smem_to_gmem(scratch.sums.at[place], sums.at[sequence, head, here])
+        plgpu.copy_smem_to_gmem(scratch.out.at[place], out.at[sequence, here, head])
+        # What the next chunk starts from: all of this one, alike in all rows.
+        highest = jnp.maximum(border, x.max(axis=1))
+        past_sum, past = sums_to(highest, x)
 
         @pl.when(chunk + AHEAD < chunks)
         def _ahead() -> None:
             load(chunk + AHEAD, slot)
 
-        return last, past
+        return highest, past_sum, past
 
     for chunk in range(min(AHEAD, chunks)):
         load(chunk, chunk)
-    jax.lax.fori_loop(0, chunks, step, (tensor_core.of_rows(-math.inf), tensor_core.zeros(dv)))
+    start = tensor_core.of_rows(-math.inf), tensor_core.of_rows(0), tensor_core.zeros(dv)
+    jax.lax.fori_loop(0, chunks, step, start)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -107,7 +126,8 @@ class _BackwardScratch(NamedTuple):
 def mean_gradients(numbers: jax.Array, v: jax.Array, g: jax.Array, means: jax.Array) -> tuple[jax.Array, jax.Array]:
     """ds float32 [Bv, H, L] and D [Bv, L, H, dv], of each sequence and query head.
 
-    As for `running_mean`; g [Bv, L, H, dv] is the cotangent of its results, and means float32 [Bv, H, L] are g . out.
+    numbers float32 [Bq, H, 2, L]: scores and n, times log2 e; v [Bv, L, K, dv]; g [Bv, L, H, dv], the cotangent of the
+    means; means float32 [Bv, H, L]: g . out. L is a multiple of 64.
     """
     batch, _, heads, dv = g.shape
     scratch = _BackwardScratch(
