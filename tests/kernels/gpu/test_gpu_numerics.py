@@ -1,0 +1,123 @@
+"""The GPU kernels in Mosaic GPU's interpreter, against the float64 definitions: values and gradients.
+
+The interpreter runs the kernels as they are written (copies, barriers, blocks, masks, three warpgroups at a time), but
+for one instruction that it lacks: a product that adds to sums and takes operands from registers.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deconstruct.kernels.gpu import pairwise, self_gate, tensor_core
+from tests.kernels import oracle
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="jax has a public interpreter of Mosaic GPU from 0.12 on"
+)
+
+taylor_shared = functools.partial(pairwise.shared_attention, weighing=pairwise.TAYLOR)
+PATHS = {
+    "taylor": ("taylor", pairwise.taylor_attention),
+    "taylor_shared": ("taylor", taylor_shared),
+    "softmax_shared": ("softmax", pairwise.shared_attention),
+    "self_gate": ("self_gate", self_gate.self_gate_attention),
+}
+# Inputs are rounded to bfloat16 for both, so that the kernel's own roundings are seen: weights, results, and cotangents
+# of logits, each by 2^-9 = 2e-3 (as in test_fast_paths).
+BFLOAT16 = 2e-2
+
+
+def _add_products(sums, *pairs):
+    for a, b in pairs:
+        a = a if isinstance(a, jax.Array) else a[...]
+        sums += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()  # to what copies do, tensor cores read as copies do, and this stands for them
+    return sums
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    monkeypatch.setattr(tensor_core, "add_products", _add_products)
+    # A copy that overwrites what a warpgroup has not read, or a read of what is not yet there, raises.
+    return lambda: plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+
+
+def rounded(arrays):
+    return tuple(np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), np.float64) for x in arrays)
+
+
+def compare(path, arrays, interpreter, tolerance=BFLOAT16):
+    form, mix = PATHS[path]
+    want = oracle.value_and_gradients(oracle.definition(oracle.WEIGHTS[form]), arrays, "float64")
+    with interpreter():
+        got = oracle.value_and_gradients(mix, arrays, "bfloat16")
+    oracle.assert_all_near(got, want, tolerance)
+    return got
+
+
+# (Bq, Bv, L, H, K, dh, dv), as in the oracle.
+@pytest.mark.parametrize(
+    ("path", "shape"), [("taylor", (1, 1, 130, 1, 1, 64, 64)), ("self_gate", (1, 1, 70, 1, 1, 64, 64))], ids=str
+)
+def test_values_and_gradients(path, shape, interpreter):
+    compare(path, rounded(oracle.inputs(shape)), interpreter)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        # Three blocks of queries and of keys, the last one ragged; grouped queries.
+        ("taylor", (1, 1, 300, 2, 1, 64, 64)),
+        ("taylor", (2, 2, 131, 1, 1, 128, 128)),
+        ("taylor", (1, 1, 64, 4, 2, 64, 128)),
+        # Groups of four and of two sequences; a batch that they do not divide; one sequence after the other.
+        ("softmax_shared", (1, 8, 131, 1, 1, 64, 64)),
+        ("softmax_shared", (1, 3, 300, 2, 1, 64, 64)),
+        ("softmax_shared", (1, 2, 131, 1, 1, 128, 128)),
+        ("taylor_shared", (1, 2, 300, 1, 1, 128, 64)),
+        # More chunks than are loaded ahead.
+        ("self_gate", (1, 2, 500, 1, 1, 64, 64)),
+        ("self_gate", (2, 2, 200, 2, 1, 64, 128)),
+    ],
+    ids=str,
+)
+def test_many_shapes(path, shape, interpreter):
+    compare(path, rounded(oracle.inputs(shape)), interpreter)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("path", ["taylor", "softmax_shared"])
+def test_extreme_logits(path, interpreter):
+    q, k, v, g = oracle.inputs((1, 1, 200, 1, 1, 64, 64), seed=1)
+    q, k, v, g = rounded((16 * q, 16 * k, v, g))
+    logits = np.einsum("blhd,bshd->bhls", q, k) / 8
+    assert logits.max() > 900 and logits.min() < -900
+    compare(path, (q, k, v, g), interpreter)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("levels", [(-1500, 1500, 0, 1510, -1500), (1500, -1500, 1495, 0, 3000)], ids=["up", "down"])
+def test_self_gate_with_extreme_scores(levels, interpreter):
+    """Plateaus at levels thousands apart, with noise on them, so that no row is without competition."""
+    rng = np.random.default_rng(6)
+    scores = np.repeat(levels, 40)[None, :, None, None] + rng.normal(size=(1, 200, 1, 1))
+    # Where q is large silu(q) is q: 64 channels of 64 * k / 8 are the score.
+    k = np.broadcast_to(scores / 512, (1, 200, 1, 64)) + 0.01 * rng.normal(size=(1, 200, 1, 64))
+    q, v, g = np.full_like(k, 64), *rng.normal(size=(2, 1, 200, 1, 64))
+    compare("self_gate", rounded((q, k, v, g)), interpreter)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("path", ["taylor", "softmax_shared", "self_gate"])
+def test_future_has_no_part_in_the_past(path, interpreter):
+    q, k, v, g = oracle.inputs((1, 1, 140, 1, 1, 64, 64), seed=2)
+    g[:, :130], g[:, 131:] = 0, 0
+    _, _, dk, dv = compare(path, rounded((q, k, v, g)), interpreter)
+    for gradient in (dk, dv):
+        assert (gradient[:, 131:] == 0).all()
+        assert (np.abs(gradient[:, :131]).max((0, 2, 3)) > 0).all()
