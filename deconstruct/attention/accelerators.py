@@ -11,11 +11,13 @@ from collections.abc import Callable
 import jax
 
 from deconstruct.attention.form import Kernel, Site
+from deconstruct.kernels.gpu import limits
 from deconstruct.kernels.mask import Mask
 from deconstruct.kernels.per_device import mix_per_device
 
 TPU_HEAD_DIM = 256
 CUDNN_HEAD_DIM = 128
+HOPPER = ("H100", "H200", "H800", "H20")
 
 
 def tpu(
@@ -25,10 +27,9 @@ def tpu(
 
     It decodes as `like` does. What it `refuses` comes on top of what all of them do.
     """
-    module, name = where.split(":")
 
     def mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, **read: jax.Array) -> jax.Array:
-        kernel = getattr(importlib.import_module(f"deconstruct.kernels.tpu.{module}"), name)
+        kernel = _imported("tpu", where)
 
         def on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, **read: jax.Array) -> jax.Array:
             return kernel(q, k, v, mask=mask, **read)
@@ -39,6 +40,24 @@ def tpu(
         return _tpu_refuses(site) or (refuses(site) if refuses else None)
 
     return Kernel(mix, like.extend, like.init_cache, why_not, "tpu")
+
+
+def hopper(where: str, like: Kernel, refuses: Callable[[Site], str | None] | None = None) -> Kernel:
+    """The same for NVIDIA's H100 and its like, "module:function" in `deconstruct.kernels.gpu`."""
+
+    def mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        kernel = _imported("gpu", where)
+        return mix_per_device(lambda q, k, v, mask: kernel(q, k, v), q, k, v, mask)
+
+    def why_not(site: Site) -> str | None:
+        return _hopper_refuses(site) or (refuses(site) if refuses else None)
+
+    return Kernel(mix, like.extend, like.init_cache, why_not, "gpu")
+
+
+def _imported(folder: str, where: str) -> Callable[..., jax.Array]:
+    module, name = where.split(":")
+    return getattr(importlib.import_module(f"deconstruct.kernels.{folder}.{module}"), name)
 
 
 def cudnn(like: Kernel, window: int | None = None) -> Kernel:
@@ -71,6 +90,15 @@ def _cudnn_refuses(site: Site) -> str | None:
     return None
 
 
+def _hopper_refuses(site: Site) -> str | None:
+    if site.device is not None and not any(name in site.device for name in HOPPER):
+        return f"needs a Hopper GPU (H100, H200) for it, and this is {site.device}; use auto or xla"
+    if site.documents:
+        return "does not keep to the borders of documents with it (config.document_mask=true); use xla"
+    reason = limits.refuses(site.dtype, site.head_dim)
+    return reason and f"{reason}; use xla"
+
+
 def _tpu_refuses(site: Site) -> str | None:
     if site.dtype not in ("bfloat16", "float32"):
         return f"computes with it in bfloat16 or float32, not {site.dtype}; use xla"
@@ -80,6 +108,11 @@ def _tpu_refuses(site: Site) -> str | None:
             "use xla"
         )
     return None
+
+
+def one_map_for_all(site: Site) -> str | None:
+    """What kernels for a map shared by a batch refuse."""
+    return None if site.shared else "has it for one map that serves the whole batch; use auto, cudnn or xla"
 
 
 def one_map_a_sequence(site: Site) -> str | None:

@@ -61,6 +61,7 @@ class Site(NamedTuple):
     shared: bool  # one map for the whole batch: queries and keys have a batch of one
     documents: bool
     platform: str | None = None
+    device: str | None = None  # its kind, as JAX names it: NVIDIA H100 80GB HBM3, TPU v5 lite
 
 
 def platform() -> str:
@@ -68,6 +69,12 @@ def platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = device.platform if device else jax.default_backend()
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+def device_kind() -> str:
+    """What it is that programs run on."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device or jax.devices()[0]).device_kind
 
 
 def _runs_anywhere(site: Site) -> str | None:
@@ -225,7 +232,8 @@ class Form(nnx.Module):
         return {**self.kernels(), "reference": definition}
 
     def _running(self, q: jax.Array, v: jax.Array, mask: Mask) -> Kernel:
-        site = Site(str(q.dtype), q.shape[-1], q.shape[0] != v.shape[0], mask.documents, platform())
+        shared = q.shape[0] != v.shape[0]
+        site = Site(str(q.dtype), q.shape[-1], shared, mask.documents, platform(), device_kind())
         self.check(site)
         table, chosen = self._table(), self.resolved_impl(site)
         passed = [] if self.impl != "auto" else list(table)[: list(table).index(chosen)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from deconstruct.attention.accelerators import tpu
+from deconstruct.attention.accelerators import hopper, tpu
 from deconstruct.attention.form import Flops, Form, Kernel, Shape
 from deconstruct.attention.registry import register_form
 from deconstruct.kernels import reference
@@ -33,7 +33,11 @@ class SelfGate(Form):
 
     def kernels(self) -> dict[str, Kernel]:
         xla = Kernel(_mix, _extend, _init_cache)
-        return {"pallas_tpu": tpu("self_gate:self_gate_attention", xla), "xla": xla}
+        return {
+            "pallas_gpu": hopper("self_gate:self_gate_attention", xla),
+            "pallas_tpu": tpu("self_gate:self_gate_attention", xla),
+            "xla": xla,
+        }
 
     def flops(self, shape: Shape) -> Flops:
         gates = 2.0 * shape.length * shape.heads * shape.head_dim * shape.qk_batch

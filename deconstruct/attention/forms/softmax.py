@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from deconstruct.attention.accelerators import cudnn, one_map_a_sequence, tpu
+from deconstruct.attention.accelerators import cudnn, hopper, one_map_a_sequence, one_map_for_all, tpu
 from deconstruct.attention.form import Flops, Form, Kernel, Shape
 from deconstruct.attention.registry import register_form
 from deconstruct.kernels import kv_cache, reference
@@ -35,6 +35,7 @@ class Softmax(Form):
         xla = Kernel(_mix, functools.partial(_extend, _mix), _init_cache)
         table = {
             "cudnn": cudnn(xla),
+            "pallas_gpu": hopper("pairwise:shared_attention", xla, one_map_for_all),
             "splash": tpu("splash:splash_attention", xla, one_map_a_sequence),
             "pallas_tpu": tpu("pairwise:softmax_attention", xla),
             "xla": xla,

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from deconstruct.attention.accelerators import tpu
+from deconstruct.attention.accelerators import hopper, tpu
 from deconstruct.attention.form import Flops, Form, Kernel, Shape
 from deconstruct.attention.registry import register_form
 from deconstruct.kernels import reference
@@ -34,7 +34,11 @@ class Taylor(Form):
 
     def kernels(self) -> dict[str, Kernel]:
         xla = Kernel(taylor_attention, _extend, _init_cache)
-        return {"pallas_tpu": tpu("taylor:taylor_attention", xla), "xla": xla}
+        return {
+            "pallas_gpu": hopper("taylor:taylor_attention", xla),
+            "pallas_tpu": tpu("taylor:taylor_attention", xla),
+            "xla": xla,
+        }
 
     def flops(self, shape: Shape) -> Flops:
         dense = super().flops(shape).dense
