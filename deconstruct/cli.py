@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import threading
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from deconstruct.types import RunError, UserError
 
@@ -48,6 +48,8 @@ class Parser(argparse.ArgumentParser):
 def main(words: list[str] | None = None) -> int:
     """Runs one verb. Exit status: 0 done, 2 the user's mistake (one line), 1 a failure, 75 stopped and saved."""
     try:
+        if words is None:  # of the program, and not of a process that calls it
+            sys.unraisablehook = _failed_callback
         return _main(sys.argv[1:] if words is None else words)
     except KeyboardInterrupt:
         print("deconstruct: interrupted", file=sys.stderr)
@@ -106,6 +108,13 @@ def _failed_thread(failure: threading.ExceptHookArgs) -> None:
         print(f"deconstruct: {failure.thread and failure.thread.name}: {failure.exc_value}", file=sys.stderr)
     else:
         threading.__excepthook__(failure)
+
+
+def _failed_callback(failure: Any) -> None:
+    """Of the reads of a damaged checkpoint, those that end after the first has failed find the event loop of Orbax
+    closed, and would each say so in a traceback."""
+    if str(failure.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(failure)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -92,11 +92,15 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         target.write_bytes(data)  # an object appears when it is complete
         return
     unfinished = unfinished_name(target)
-    with open(unfinished, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, target)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    except OSError as error:
+        error.filename = os.fspath(target)  # not the name it has until then
+        raise
 
 
 def unfinished_name(path: str | os.PathLike[str]) -> Path:

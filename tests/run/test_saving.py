@@ -48,7 +48,7 @@ def test_forty_saves_take_no_more_memory_and_are_not_waited_for(tmp_path, capsys
     blocked, took = (sum(save[name] for save in saves) / SAVES for name in ("blocked", "took"))
     with capsys.disabled():
         print(
-            f"\n{SAVES} saves of {MEGABYTES} MB: in use {min(used[5:15]):.0f} to {max(used[5:15]):.0f} MB after the first "
+            f"\n{SAVES} saves of {MEGABYTES} MB: {min(used[5:15]):.0f} to {max(used[5:15]):.0f} MB in use after the first "
             f"ones, {min(used[-10:]):.0f} to {max(used[-10:]):.0f} after the last; {took:.2f} s a save, of which the "
             f"trainer waits {blocked:.2f} s ({blocked / took:.0%})"
         )
