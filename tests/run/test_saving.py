@@ -48,9 +48,9 @@ def test_forty_saves_take_no_more_memory_and_are_not_waited_for(tmp_path, capsys
     blocked, took = (sum(save[name] for save in saves) / SAVES for name in ("blocked", "took"))
     with capsys.disabled():
         print(
-            f"\n{SAVES} saves of {MEGABYTES} MB: {min(used[5:15]):.0f} to {max(used[5:15]):.0f} MB in use after the first "
-            f"ones, {min(used[-10:]):.0f} to {max(used[-10:]):.0f} after the last; {took:.2f} s a save, of which the "
-            f"trainer waits {blocked:.2f} s ({blocked / took:.0%})"
+            f"\n{SAVES} saves of {MEGABYTES} MB: {min(used[5:15]):.0f} to {max(used[5:15]):.0f} MB in use after the "
+            f"first ones, {min(used[-10:]):.0f} to {max(used[-10:]):.0f} after the last; {took:.2f} s a save, "
+            f"of which the trainer waits {blocked:.2f} s ({blocked / took:.0%})"
         )
     assert len(saves) == SAVES
     # The copy that was saved may or may not have gone when one looks.

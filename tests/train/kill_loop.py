@@ -3,7 +3,7 @@
     python -m tests.train.kill_loop --kills=1000 --folder=/tmp/kills [--seed=0] [--patience=60]
 
 A run is started, killed, started again, ..., until it ends by itself; then the next begins. Kills are SIGKILL, SIGTERM
-and SIGINT of a process alone, and of two processes SIGKILL or SIGSTOP of one, at any moment from the start of the
+and SIGINT of a process alone, and of two processes these or SIGSTOP of one, at any moment from the start of the
 program on: while it imports, compiles, restores, trains, saves and deletes old checkpoints. After each, every
 checkpoint that was finished before is finished still, but for those that retention takes; after the last, metrics and
 arrays are those of a run that nobody disturbed, bit for bit.
@@ -129,7 +129,8 @@ class Loop:
     def _kill(self, cluster: Cluster, workdir: Path) -> None:
         victim = self.draw.choice(cluster.processes)
         several = len(cluster.processes) > 1
-        kind = self.draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP if several else signal.SIGINT])
+        stops = [signal.SIGSTOP] if several else []
+        kind = self.draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, *stops])
         name = f"{kind.name}{' of one of two' if several else ''}"
         self.kills[name] = self.kills.get(name, 0) + 1
         victim.send_signal(kind)
