@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -47,6 +48,8 @@ def file_system(path: str) -> Any:
     library, extra = SCHEMES[scheme]
     import fsspec
 
+    for noisy in ("fsspec", library):  # what `reaching` says in a line they tell in tracebacks
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     # A listing kept from before would hide what other processes have written since.
     for name in {scheme, extra}:
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
