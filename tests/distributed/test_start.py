@@ -239,16 +239,16 @@ def test_the_odd_one_of_many_is_named():
     assert "b=nothing" in _difference([*said(1, 1), {"host": "h2", "value": {"a": 1}}])
 
 
-# A process whose only peer gives signs of life four times as long as one may be silent, and then says this.
+# A process whose only peer gives signs of life three times as long as one may be silent, and then says this.
 HEARD = """
 import socket, sys, time
 from deconstruct.distributed import lifeline
-lifeline.BEAT, lifeline.GRACE = 0.02, 0.1
+lifeline.BEAT, lifeline.GRACE = 0.01, 0.1
 server = socket.create_server(("localhost", 0))
 far = socket.create_connection(server.getsockname())
 near, _ = server.accept()
 lifeline.hold(0, [lifeline.Peer(1, "far", near, near.makefile("rb"))])
-for _ in range(4 * lifeline.SILENT):
+for _ in range(3 * lifeline.SILENT):
     far.sendall(b"{}\\n")
     time.sleep(lifeline.BEAT)
 print("lives", flush=True)
