@@ -7,6 +7,7 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import threading
 from typing import Any, NoReturn
@@ -50,11 +51,19 @@ def main(words: list[str] | None = None) -> int:
     try:
         if words is None:  # of the program, and not of a process that calls it
             sys.unraisablehook = _failed_callback
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, _interrupted)
         return _main(sys.argv[1:] if words is None else words)
     except KeyboardInterrupt:
-        print("deconstruct: interrupted", file=sys.stderr)
         sys.stdout.flush()
-        os._exit(INTERRUPTED)  # threads of the runtime may be at work, and taking it down under them can crash
+        _interrupted()
+
+
+def _interrupted(*_: object) -> NoReturn:
+    """Ends at once: threads of the runtime may be at work, and taking it down under them can crash. As a handler while
+    modules are imported: of a KeyboardInterrupt raised there, an extension makes an error of its own."""
+    os.write(2, b"deconstruct: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def _main(words: list[str]) -> int:
@@ -68,6 +77,8 @@ def _main(words: list[str]) -> int:
         if name == verb:
             importlib.import_module(module).add_arguments(own)
     arguments = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to clean up
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
