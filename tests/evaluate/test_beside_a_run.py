@@ -13,7 +13,7 @@ from tests.tiny import CONFIG_FILE
 from tests.train.kill_loop import train_words
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY = 200, 2
+STEPS, EVERY = 120, 2
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ DAMAGES = [flip, other_step, replaced("{}")]
 MORE = [replaced(text) for text in ("null", "", "[]", '{"step": 5}')]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax, which the program leaves out
 @pytest.mark.parametrize("damage", quick([*DAMAGES, *MORE], DAMAGES))
 def test_a_damaged_checkpoint_is_named_with_the_one_before(run, tmp_path, capsys, damage):
     damage(run / "checkpoints" / "6")
