@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,8 +19,7 @@ from deconstruct.distributed.cluster import Place, find_place
 from deconstruct.distributed.meeting import meet
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.types import PeerError, UserError
-from tests.tiny import CONFIG_FILE
-from tests.train.conftest import prepare_text
+from tests.distributed.pair import Pair, ended
 
 ROOT = Path(__file__).parents[2]
 SLURM = {
@@ -239,79 +237,7 @@ def test_the_odd_one_of_many_is_named():
     assert "b=nothing" in _difference([*said(1, 1), {"host": "h2", "value": {"a": 1}}])
 
 
-# A process whose only peer gives signs of life three times as long as one may be silent, and then says this.
-HEARD = """
-import socket, sys, time
-from deconstruct.distributed import lifeline
-lifeline.BEAT, lifeline.GRACE = 0.01, 0.1
-server = socket.create_server(("localhost", 0))
-far = socket.create_connection(server.getsockname())
-near, _ = server.accept()
-lifeline.hold(0, [lifeline.Peer(1, "far", near, near.makefile("rb"))])
-for _ in range(3 * lifeline.SILENT):
-    far.sendall(b"{}\\n")
-    time.sleep(lifeline.BEAT)
-print("lives", flush=True)
-far.sendall(sys.argv[1].encode())
-time.sleep(20)
-"""
-REASON = '{"process": 1, "host": "far", "message": "has ended: no data", "mistake": true}'
-
-
-@pytest.mark.parametrize(
-    ("last", "status", "message"),
-    [
-        ("", 1, "has given no sign of life for 20 s"),
-        ("{}\n{}\n" + REASON + "\n{", 2, "has ended: no data"),  # as they come together, and the next begun
-    ],
-)
-def test_a_peer_is_heard_as_long_as_it_gives_signs_of_life(last, status, message):
-    done = subprocess.run([sys.executable, "-c", HEARD, last], cwd=ROOT, capture_output=True, text=True, timeout=15)
-    assert (done.returncode, done.stdout) == (status, "lives\n"), done.stderr
-    assert done.stderr == f"process 1 (far) {message}; run the same command to go on from the latest checkpoint\n"
-
-
 # Real processes, started by the program itself.
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start")
-    (folder / "tiny.py").write_text(CONFIG_FILE)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(folder):
-    return [prepare_text(folder / f"text{seed}", seed) for seed in (0, 1)]
-
-
-class Pair:
-    """Two processes of one run, each with options and an environment of its own."""
-
-    def __init__(self, folder, workdir, data):
-        self.common = ["--config", str(folder / "tiny.py"), "--workdir", str(workdir), f"--config.data={data}"]
-        self.port = portpicker.pick_unused_port()
-
-    def start(self, process, *words, **environment):
-        place = (f"--coordinator=localhost:{self.port}", "--num-processes=2", f"--process-id={process}")
-        return subprocess.Popen(
-            [sys.executable, "-m", "deconstruct.cli", "train", *self.common, *place, *words],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, first, second):
-        """(status, last line) of both."""
-        processes = [self.start(number, *words) for number, words in enumerate((first, second))]
-        return [ended(process) for process in processes]
-
-
-def ended(process, limit=120):
-    out, _ = process.communicate(timeout=limit)
-    return process.returncode, ["", *out.strip().splitlines()][-1]
 
 
 def test_another_learning_rate_is_named_by_both(folder, data, tmp_path):
@@ -385,33 +311,6 @@ def test_a_process_that_never_comes_or_falls_silent(folder, data, tmp_path):
     status, line = ended(first)
     assert (status, line) == (0, "PeerError process 1 has not come to the check of 'sleep' within 3 s")
     second.wait(timeout=60)
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize(
-    ("number", "message", "limit"),
-    [(signal.SIGKILL, "has died", 10), (signal.SIGSTOP, "has given no sign of life for 20 s", 40)],
-)
-def test_one_that_is_dead_or_stopped_is_named_by_the_other(folder, data, tmp_path, number, message, limit):
-    """At once, or before JAX would abort without a name. Two pairs: of one the first is the victim, of the other the
-    second."""
-    pairs = [Pair(folder, tmp_path / str(victim), data[0]) for victim in (0, 1)]
-    started = [[pair.start(i, "--config.steps=1000000") for i in range(2)] for pair in pairs]
-    deadline = time.monotonic() + 120
-    for victim, processes in enumerate(started):
-        while len(read_jsonl(tmp_path / str(victim) / "metrics.jsonl")) < 5:
-            assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
-            time.sleep(0.01)
-    for victim, processes in enumerate(started):
-        processes[victim].send_signal(number)
-    begun = time.monotonic()
-    for victim, processes in enumerate(started):
-        out, _ = processes[1 - victim].communicate(timeout=60)
-        assert processes[1 - victim].returncode == 1 and time.monotonic() - begun < limit, out
-        said = f"process {victim} ({socket.gethostname()}) {message}; run the same command to go on from the latest"
-        assert out.splitlines()[-1].startswith(said) and "Traceback" not in out and "Check failure" not in out
-        processes[victim].kill()
-        processes[victim].communicate(timeout=60)
 
 
 @pytest.mark.proof
