@@ -7,9 +7,10 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import threading
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from deconstruct.types import RunError, UserError
 
@@ -48,11 +49,21 @@ class Parser(argparse.ArgumentParser):
 def main(words: list[str] | None = None) -> int:
     """Runs one verb. Exit status: 0 done, 2 the user's mistake (one line), 1 a failure, 75 stopped and saved."""
     try:
+        if words is None:  # of the program, and not of a process that calls it
+            sys.unraisablehook = _failed_callback
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, _interrupted)
         return _main(sys.argv[1:] if words is None else words)
     except KeyboardInterrupt:
-        print("deconstruct: interrupted", file=sys.stderr)
         sys.stdout.flush()
-        os._exit(INTERRUPTED)  # threads of the runtime may be at work, and taking it down under them can crash
+        _interrupted()
+
+
+def _interrupted(*_: object) -> NoReturn:
+    """Ends at once: threads of the runtime may be at work, and taking it down under them can crash. As a handler while
+    modules are imported: of a KeyboardInterrupt raised there, an extension makes an error of its own."""
+    os.write(2, b"deconstruct: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def _main(words: list[str]) -> int:
@@ -66,6 +77,8 @@ def _main(words: list[str]) -> int:
         if name == verb:
             importlib.import_module(module).add_arguments(own)
     arguments = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to clean up
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -106,6 +119,13 @@ def _failed_thread(failure: threading.ExceptHookArgs) -> None:
         print(f"deconstruct: {failure.thread and failure.thread.name}: {failure.exc_value}", file=sys.stderr)
     else:
         threading.__excepthook__(failure)
+
+
+def _failed_callback(failure: Any) -> None:
+    """Of the reads of a damaged checkpoint, those that end after the first has failed find the event loop of Orbax
+    closed, and would each say so in a traceback."""
+    if str(failure.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(failure)
 
 
 def _out_of_memory(error: Exception) -> bool:

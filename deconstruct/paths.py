@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -47,6 +48,8 @@ def file_system(path: str) -> Any:
     library, extra = SCHEMES[scheme]
     import fsspec
 
+    for noisy in ("fsspec", library):  # what `reaching` says in a line they tell in tracebacks
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     # A listing kept from before would hide what other processes have written since.
     for name in {scheme, extra}:
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
@@ -92,11 +95,15 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         target.write_bytes(data)  # an object appears when it is complete
         return
     unfinished = unfinished_name(target)
-    with open(unfinished, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, target)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    except OSError as error:
+        error.filename = os.fspath(target)  # not the name it has until then
+        raise
 
 
 def unfinished_name(path: str | os.PathLike[str]) -> Path:

@@ -28,7 +28,7 @@ MADE_BY = "deconstruct prepare"
 SCRATCH = "shards"
 _OWN = re.compile(r"\.lock.*|" + re.escape(FILE_NAME) + r"(\.unfinished.*)?")
 _OWN_PARTIAL = re.compile(r"\d{5,}\.(tokens|npy|json)(\.unfinished.*)?|tokenizer\.(model|json)(\.unfinished.*)?|"
-                          r"(train|validation)-\d+-of-\d+\.array_record")  # fmt: skip
+                          r"(train|validation)-\d+-of-\d+\.array_record(\.unfinished.*)?")  # fmt: skip
 
 
 class Output:
@@ -106,12 +106,12 @@ class Output:
         folder.mkdir(exist_ok=True)
         yield folder
 
-    def publish(self, file: Path) -> None:
-        """Moves a finished file into the folder, under its own name."""
+    def publish(self, file: Path, name: str) -> None:
+        """Moves a finished file into the folder."""
         if not is_remote(self.folder):
-            os.replace(file, self.folder / file.name)
+            os.replace(file, self.folder / name)
             return
-        with file.open("rb") as own, (self.folder / file.name).open("wb") as target:
+        with file.open("rb") as own, (self.folder / name).open("wb") as target:
             shutil.copyfileobj(own, target, 1 << 24)
         file.unlink()
 

@@ -1,18 +1,22 @@
-"""Parts of tokens -> two streams -> rows of fixed length in ArrayRecord shards."""
+"""Parts of tokens -> two streams -> rows of fixed length in ArrayRecord shards, each of which a worker writes alone."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
-from deconstruct.data.encode import Part
+from deconstruct.data.crew import Crew
+from deconstruct.data.encode import Part, Tell
 from deconstruct.data.manifest import Shard, Split
+from deconstruct.data.output import Output
 from deconstruct.data.split import last_validation_draw
+from deconstruct.paths import unfinished_name
 from deconstruct.types import UserError
 
 SHARD_BYTES = 128 << 20
@@ -32,12 +36,75 @@ class Totals:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What a worker writes: a shard, which has the rows of a split from `first` on. `parts`: those that hold them, each
+    with how many tokens of the split lie before it."""
+
+    split: str
+    name: str
+    first: int
+    rows: int
+    row_length: int
+    dtype: str
+    last_draw: np.uint64
+    parts: tuple[tuple[int, Part], ...]
+
+    def tokens(self) -> Iterator[np.ndarray]:
+        """In the order of the documents, in runs of neighbours."""
+        begin = self.first * self.row_length
+        end = begin + self.rows * self.row_length + 1
+        for before, part in self.parts:
+            table = part.table
+            inside = np.concatenate([[False], is_in(self.split, table, self.last_draw), [False]])
+            runs = np.flatnonzero(inside[1:] != inside[:-1]).reshape(-1, 2)
+            ends = np.concatenate([[0], np.cumsum(table["tokens"])])
+            first, last = ends[runs[:, 0]], ends[runs[:, 1]]  # in the part
+            place = before + np.concatenate([[0], np.cumsum(last - first)[:-1]])  # of `first` in the split
+            low, high = np.maximum(place, begin), np.minimum(place + last - first, end)
+            kept = low < high
+            spans = zip((first + low - place)[kept].tolist(), (first + high - place)[kept].tolist(), strict=True)
+            yield from part.blocks(spans, BLOCK_TOKENS)
+
+
+def is_in(split: str, table: np.ndarray, last_draw: np.uint64) -> np.ndarray:
+    """Of each document of a table, whether it is in the split."""
+    is_validation = table["draw"] <= last_draw
+    return is_validation if split == "validation" else ~is_validation
+
+
+def pack_shard(
+    number: int, cut: Cut, vocab_size: int, output: Output, partial: epath.Path, *, tell: Tell
+) -> tuple[int, Shard, np.ndarray]:
+    """Writes a shard and publishes it; returns how often each id is predicted in its rows, int64 [vocab_size]."""
+    from array_record.python import array_record_module
+
+    counts, kept = np.zeros(vocab_size, np.int64), np.empty(0, cut.dtype)
+    with output.scratch(partial) as folder:
+        path = unfinished_name(folder / cut.name)
+        writer = array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
+        for tokens in cut.tokens():
+            kept = np.concatenate([kept, tokens])
+            end = max(0, len(kept) - 1) // cut.row_length * cut.row_length
+            for start in range(0, end, cut.row_length):
+                writer.write(kept[start : start + cut.row_length + 1].tobytes())
+            counts += np.bincount(kept[1 : end + 1], minlength=vocab_size)
+            kept = kept[end:].copy()
+        writer.close()
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        output.publish(path, cut.name)
+    return number, Shard(cut.name, cut.rows, size, sha256), counts
+
+
 class Packer:
-    """Splits the documents, validation holding at least `fraction` of the tokens, and writes the shards of both."""
+    """Splits the documents, validation holding at least `fraction` of the tokens, and has both written as shards."""
 
     def __init__(self, parts: list[Part], fraction: float, row_length: int, vocab_size: int, dtype: str):
         self._parts, self._row_length, self._vocab_size, self._dtype = parts, row_length, vocab_size, dtype
         self._last_draw = last_validation_draw(lambda: (part.table for part in parts), fraction)
+        self._tokens: dict[str, list[int]] = {name: [] for name in SPLITS}  # of each part
         self.totals = self._count()
         for name in SPLITS:
             self._check(name, fraction)
@@ -50,23 +117,35 @@ class Packer:
         """The names of the files that `write` writes."""
         return [name for split in SPLITS for name, _ in self._shards(split)]
 
-    def write(self, folder: Path, publish: Callable[[Path], None]) -> tuple[dict[str, Split], dict[str, np.ndarray]]:
-        """Writes shards into the folder, one at a time, and hands each over when it is whole.
+    def write(self, crew: Crew, output: Output, partial: epath.Path) -> tuple[dict[str, Split], dict[str, np.ndarray]]:
+        """Returns the splits, when all their shards are in the output, and how often each id is predicted in them."""
+        cuts = [cut for name in SPLITS for cut in self._cuts(name)]
+        shards: dict[str, dict[int, Shard]] = {name: {} for name in SPLITS}
+        counts = {name: np.zeros(self._vocab_size, np.int64) for name in SPLITS}
 
-        Returns the splits and how often each id is predicted in their rows.
-        """
-        splits, counts = {}, {}
-        for name in SPLITS:
-            total = self.totals[name]
-            writer = _RowWriter(folder, publish, self._shards(name), self._row_length, self._vocab_size, self._dtype)
-            for tokens in self._stream(name):
-                writer.add(tokens)
-            shards = writer.finish()
-            splits[name] = Split(
-                total.documents, total.characters, total.bytes, total.tokens, self.rows(name), tuple(shards)
-            )
-            counts[name] = writer.counts
+        def take(result: tuple[int, Shard, np.ndarray]) -> None:
+            number, shard, predicted = result
+            shards[cuts[number].split][number] = shard
+            counts[cuts[number].split] += predicted
+
+        jobs = ((number, cut, self._vocab_size, output, partial) for number, cut in enumerate(cuts))
+        crew.map(pack_shard, jobs, len(cuts), "pack", take)
+        splits = {}
+        for name, total in self.totals.items():
+            own = tuple(shards[name][number] for number in sorted(shards[name]))
+            splits[name] = Split(total.documents, total.characters, total.bytes, total.tokens, self.rows(name), own)
         return splits, counts
+
+    def _cuts(self, split: str) -> Iterator[Cut]:
+        before = [0, *itertools.accumulate(self._tokens[split])]
+        first = 0
+        for name, rows in self._shards(split):
+            begin, end = first * self._row_length, (first + rows) * self._row_length + 1
+            parts = tuple(
+                (before[i], part) for i, part in enumerate(self._parts) if before[i] < end and before[i + 1] > begin
+            )
+            yield Cut(split, name, first, rows, self._row_length, self._dtype, self._last_draw, parts)
+            first += rows
 
     def _shards(self, split: str) -> list[tuple[str, int]]:
         """The name of each shard, and its rows."""
@@ -82,8 +161,9 @@ class Packer:
         for part in self._parts:
             table = part.table
             for name in SPLITS:
-                chosen = table[self._is_in(name, table)]
+                chosen = table[is_in(name, table, self._last_draw)]
                 total = totals[name]
+                self._tokens[name].append(int(chosen["tokens"].sum()))
                 total.documents += len(chosen)
                 total.characters += int(chosen["characters"].sum())
                 total.bytes += int(chosen["bytes"].sum())
@@ -107,71 +187,8 @@ class Packer:
                 f"give {remedy}"
             )
 
-    def _is_in(self, name: str, table: np.ndarray) -> np.ndarray:
-        is_validation = table["draw"] <= self._last_draw
-        return is_validation if name == "validation" else ~is_validation
-
-    def _stream(self, name: str) -> Iterator[np.ndarray]:
-        """The tokens of the split, in the order of the documents, in runs of neighbours."""
-        for part in self._parts:
-            table = part.table
-            ends = np.concatenate([[0], np.cumsum(table["tokens"])])
-            inside = np.concatenate([[False], self._is_in(name, table), [False]])
-            changes = np.flatnonzero(inside[1:] != inside[:-1])
-            yield from part.blocks(((int(ends[a]), int(ends[b])) for a, b in changes.reshape(-1, 2)), BLOCK_TOKENS)
-
 
 def unigram_perplexity(train: np.ndarray, validation: np.ndarray) -> float:
     """exp of the mean of -log((train[i] + 1) / (sum(train) + V)) over the validation tokens i. Counts are [V]."""
     log_probability = np.log(train + 1.0) - np.log(train.sum() + len(train))
     return float(np.exp(-(validation * log_probability).sum() / validation.sum()))
-
-
-class _RowWriter:
-    """Cuts a stream into rows and rows into shards. `counts` [V]: how often each id is predicted."""
-
-    def __init__(
-        self, folder: Path, publish: Callable[[Path], None], shards: list[tuple[str, int]],
-        row_length: int, vocab_size: int, dtype: str,
-    ):  # fmt: skip
-        self._folder, self._publish, self._coming = folder, publish, iter(shards)
-        self._row_length, self._dtype = row_length, np.dtype(dtype)
-        self.counts = np.zeros(vocab_size, np.int64)
-        self._kept = np.empty(0, self._dtype)
-        self._done: list[Shard] = []
-        self._open()
-
-    def add(self, tokens: np.ndarray) -> None:
-        """The next tokens of the stream."""
-        self._kept = np.concatenate([self._kept, tokens])
-        rows = (len(self._kept) - 1) // self._row_length
-        if rows <= 0:
-            return
-        for start in range(0, rows * self._row_length, self._row_length):
-            if self._rows == self._rows_of_shard:
-                self._close()
-                self._open()
-            self._writer.write(self._kept[start : start + self._row_length + 1].tobytes())
-            self._rows += 1
-        end = rows * self._row_length
-        self.counts += np.bincount(self._kept[1 : end + 1], minlength=len(self.counts))
-        self._kept = self._kept[end:].copy()
-
-    def finish(self) -> list[Shard]:
-        self._close()
-        return self._done
-
-    def _open(self) -> None:
-        from array_record.python import array_record_module
-
-        name, self._rows_of_shard = next(self._coming)
-        self._rows, self._path = 0, self._folder / name
-        self._writer = array_record_module.ArrayRecordWriter(str(self._path), WRITER_OPTIONS)
-
-    def _close(self) -> None:
-        self._writer.close()
-        with open(self._path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        self._done.append(Shard(self._path.name, self._rows, size, sha256))
-        self._publish(self._path)

@@ -125,16 +125,15 @@ def _prepare(
     with open_crew(options.executor, min(options.workers or _cores(), len(units)), os.fspath(partial)) as crew:
         tokenizer = _tokenizer(options, given, units, partial / TOKENIZER_FOLDER, crew)
         parts = _parts(options, units, tokenizer, partial, crew)
-    bad_lines = _bad_lines(options, parts)
-    is_one = sum(part.summary.documents for part in parts) == 1
-    if is_one:
-        parts = [_split(options, units, tokenizer, partial)]
-    dtype = token_dtype(tokenizer.vocab_size)
-    packer = Packer(parts, options.validation_fraction, options.row_length, tokenizer.vocab_size, dtype)
-    tokenizer_file = f"{TOKENIZER_FOLDER}/{tokenizer.file_name}"
-    output.claim([*packer.shard_names(), tokenizer_file])
-    with output.scratch(partial) as scratch:
-        splits, counts = packer.write(scratch, output.publish)
+        bad_lines = _bad_lines(options, parts)
+        is_one = sum(part.summary.documents for part in parts) == 1
+        if is_one:
+            parts = [_split(options, units, tokenizer, partial)]
+        dtype = token_dtype(tokenizer.vocab_size)
+        packer = Packer(parts, options.validation_fraction, options.row_length, tokenizer.vocab_size, dtype)
+        tokenizer_file = f"{TOKENIZER_FOLDER}/{tokenizer.file_name}"
+        output.claim([*packer.shard_names(), tokenizer_file])
+        splits, counts = packer.write(crew, output, partial)
     tokenizer.save(output.folder / TOKENIZER_FOLDER)
     return Manifest(
         row_length=options.row_length,

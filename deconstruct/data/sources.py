@@ -14,10 +14,10 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from deconstruct.data.listing import HUB, File, files_of, kind_of, standard_library
-from deconstruct.paths import Stat, place, reaching
+from deconstruct.paths import Stat, is_remote, place, reaching
 from deconstruct.types import UserError
 
 # Small text files share a unit, so that a million of them do not become a million parts.
@@ -83,8 +83,8 @@ def identity(units: Iterable[Unit]) -> str:
 def documents(unit: Unit) -> Iterator[str | BadLine]:
     """Yields each document of a unit that is not empty, and a BadLine for each that cannot be read.
 
-    Raises UserError where the rest of a file would be lost: a compressed file that ends too soon, a parquet file
-    without the column, a dataset that cannot be opened.
+    Raises UserError where the rest of a file would be lost: one that cannot be read on, a compressed file that ends too
+    soon, a parquet file without the column, a dataset that cannot be opened.
     """
     left = unit.characters
     for item in _all_documents(unit):
@@ -140,14 +140,15 @@ def _unit(kind: str, files: list[File], key: str) -> Unit:
 
 def _all_documents(unit: Unit) -> Iterator[str | BadLine]:
     for path in unit.paths:
-        if unit.kind == "txt":
-            yield _text_file(path)
-        elif unit.kind == "parquet":
-            yield from _parquet(path, unit.key)
-        elif unit.kind == "hub":
-            yield from _hub(path, unit.key)
-        else:
-            yield from _json_lines(path, unit.kind, unit.key)
+        with reaching(path):  # a network fails in the middle of a file, too
+            if unit.kind == "txt":
+                yield _text_file(path)
+            elif unit.kind == "parquet":
+                yield from _parquet(path, unit.key)
+            elif unit.kind == "hub":
+                yield from _hub(path, unit.key)
+            else:
+                yield from _json_lines(path, unit.kind, unit.key)
 
 
 def _text_file(path: str) -> str | BadLine:
@@ -159,13 +160,9 @@ def _text_file(path: str) -> str | BadLine:
         return BadLine(path, data.count(b"\n", 0, error.start) + 1, "not UTF-8")
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[BinaryIO]:
-    """The file's bytes as they are stored. Raises UserError where it cannot be opened."""
-    with reaching(path):
-        file: Any = place(path).open("rb")
-    with file:
-        yield file
+def _open(path: str) -> Any:
+    """The file's bytes as they are stored."""
+    return place(path).open("rb")
 
 
 def _json_lines(path: str, kind: str, key: str) -> Iterator[str | BadLine]:
@@ -269,6 +266,8 @@ def _parquet(path: str, key: str) -> Iterator[str | BadLine]:
                     is_text = isinstance(value, str)
                     yield value if is_text else BadLine(path, number, _why_not_text(value, f"column {key!r}"))
     except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or is_remote(path)):
+            raise  # of the disk or the network, not of what is in the file
         raise UserError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from None
 
 

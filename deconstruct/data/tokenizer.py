@@ -25,6 +25,7 @@ from deconstruct.types import UserError
 SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
 RESERVED = 258  # the unknown id, the end of text, and 256 bytes
 SMALLEST_VOCABULARY = RESERVED + 1
+LARGEST_VOCABULARY = 2**24
 COVERAGE = 0.9998  # the share of characters that are pieces of their own; rarer ones are spelt in bytes
 SENTENCE_CHARACTERS = 4096
 CUT_CHARACTERS = 512
@@ -238,7 +239,9 @@ def _train(excerpts: list[str], alphabet: set[str], vocab_size: int) -> bytes:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises UserError for a vocabulary that does not hold the bytes."""
+    """Raises UserError for a vocabulary that does not hold the bytes, or more than a model may have."""
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"--vocab-size={vocab_size}: must be at most {LARGEST_VOCABULARY}")
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"--vocab-size={vocab_size}: must be at least {SMALLEST_VOCABULARY} (256 bytes, the unknown id, the end of "

@@ -1,7 +1,8 @@
 """A connection from process 0 to every other, held open as long as they run: the death of one is seen at once.
 
 Without it the others would wait in a collective until JAX's time limit, and be aborted without a name. The connections
-are those on which the processes have met (`meeting`). A process that ends in order says so, and why.
+are those on which the processes have met (`meeting`). A process that ends in order says so, and why. One that lives
+gives a sign of it every second: one that was stopped, or whose machine hangs, keeps its connections and is silent.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Any, BinaryIO, NamedTuple
 from deconstruct.types import UserError
 
 GRACE = 2.0  # seconds for the main thread to end by itself once another process has said why it ends
+BEAT = 1.0  # seconds between two signs of life
+SILENT = 20  # beats of one's own without a sign of another's. No clock: where all were stopped, none is silent
+DIED, STOPPED = "has died", f"has given no sign of life for {SILENT * BEAT:g} s"  # by what it has not said itself
 # For machines that vanish without closing their connections: after 10 s of silence ask four times, every 5 s.
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
@@ -69,23 +73,34 @@ class Lifeline:
         self._send({"left": True})
 
     def _watch(self) -> None:
+        ears = {process: _Ear(peer.lines) for process, peer in self._peers.items()}
+        beat = time.monotonic()
         with selectors.DefaultSelector() as selector:
             for peer in self._peers.values():
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
             while selector.get_map():
-                for key, _ in selector.select():
-                    said = _line(key.data)
-                    if said is None:
-                        said = {**key.data._asdict(), "message": "has died", "mistake": False}
-                    if said.get("left") or self.failure is not None:
-                        selector.unregister(key.fileobj)
-                    else:
-                        self._fail({name: said[name] for name in ("process", "host", "message", "mistake")})
+                for key, _ in selector.select(max(0.0, beat - time.monotonic())):
+                    for said in ears[key.data.process].words():
+                        if said is None:
+                            said = _unsaid(key.data, DIED)
+                        if said.get("left") or self.failure is not None:
+                            selector.unregister(key.fileobj)
+                            break
+                        if said:
+                            self._fail({name: said[name] for name in ("process", "host", "message", "mistake")})
+                if time.monotonic() >= beat:
+                    beat = time.monotonic() + BEAT
+                    self._send({})
+                    for key in selector.get_map().values():
+                        ear = ears[key.data.process]
+                        ear.silent += 1
+                        if ear.silent > SILENT and self.failure is None:
+                            self._fail(_unsaid(key.data, STOPPED))
 
     def _fail(self, failure: dict[str, Any]) -> None:
         self.failure = failure
         self._send(failure)  # from process 0 to all the others; to process 0 it is no news
-        if failure["message"] != "has died":
+        if failure["message"] not in (DIED, STOPPED):
             time.sleep(GRACE)
         if not self._leaving:
             os.write(2, f"{sentence(failure)}; run the same command to go on from the latest checkpoint\n".encode())
@@ -126,9 +141,28 @@ def sentence(failure: dict[str, Any]) -> str:
     return f"process {failure['process']} ({failure['host']}) {failure['message']}"
 
 
-def _line(peer: Peer) -> dict[str, Any] | None:
-    try:
-        line = peer.lines.readline()
-        return json.loads(line) if line else None
-    except (OSError, ValueError):
-        return None
+def _unsaid(peer: Peer, message: str) -> dict[str, Any]:
+    return {"process": peer.process, "host": peer.host, "message": message, "mistake": False}
+
+
+class _Ear:
+    """What comes from a peer, a line at a time; `silent`: how many beats ago the last word was heard."""
+
+    def __init__(self, lines: BinaryIO):
+        self._lines, self._begun, self.silent = lines, b"", 0
+
+    def words(self) -> Iterator[dict[str, Any] | None]:
+        """What there is to read: {} is a sign of life, None the end."""
+        try:
+            came = self._lines.read1(65536)  # type: ignore[attr-defined]  # no more than has come
+        except OSError:
+            came = b""
+        self.silent = 0
+        if not came:
+            yield None
+        *lines, self._begun = (self._begun + came).split(b"\n")
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                yield None

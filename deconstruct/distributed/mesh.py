@@ -108,5 +108,14 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
         parts = f" / accumulation={config.accumulation}" if config.accumulation > 1 else ""
         raise UserError(
             f"config.batch_size={config.batch_size}{parts} does not divide over {shards} devices "
-            f"(mesh data x fsdp); {fits} would"
+            f"(mesh data x fsdp); {fits} would{_with_tensor(config, mesh, microbatch)}"
         )
+
+
+def _with_tensor(config: Config, mesh: jax.sharding.Mesh, microbatch: int) -> str:
+    """The least `tensor` that leaves few enough devices to split the batch, of those that the heads allow; or ""."""
+    heads = math.gcd(config.model.num_heads, config.model.kv_heads)
+    for tensor in range(mesh.shape["tensor"] + 1, heads + 1):
+        if heads % tensor == mesh.size % tensor == 0 and microbatch % (mesh.size // tensor) == 0:
+            return f", or config.mesh.tensor={tensor}"
+    return ""

@@ -12,7 +12,7 @@ from deconstruct.distributed.cluster import find_place
 from deconstruct.distributed.meeting import meet
 from deconstruct.types import UserError
 
-HEARTBEAT = 30  # seconds without a sign of life after which a process is taken for dead
+HEARTBEAT = 50  # seconds without a sign of life after which JAX aborts all; the lifeline is sooner, and says who it was
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

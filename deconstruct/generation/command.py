@@ -14,7 +14,7 @@ from etils import epath
 from deconstruct.data.tokenizer import Tokenizer
 from deconstruct.distributed.mesh import parse_mesh
 from deconstruct.generation.generator import Generator, Request, Settings
-from deconstruct.paths import place, reaching, write_whole
+from deconstruct.paths import is_remote, place, reaching, write_whole
 from deconstruct.run import extensions
 from deconstruct.run.restore import restore_model
 from deconstruct.run.workdir import Workdir
@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(arguments, name) for name in names} | {"stop": tuple(arguments.stop)})
     settings.check()
+    if arguments.output:
+        _check_folder(arguments.output)
     mesh = parse_mesh(arguments.mesh) if arguments.mesh else None
     run_dir = Workdir(arguments.workdir)
     step = run_dir.step(arguments.step)
@@ -147,6 +149,13 @@ def _whole(prompt: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: the prompt is not UTF-8 at character {error.start}; write it as UTF-8") from None
     return prompt
+
+
+def _check_folder(output: str) -> None:
+    """Before there is anything to write."""
+    folder = place(output).parent
+    if not is_remote(folder) and not folder.is_dir():
+        raise UserError(f"--output={output}: there is no folder {folder}; make it, or give another")
 
 
 def _write(output: str, requests: Sequence[Request], step: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from deconstruct.model import decode
 from deconstruct.model.language_model import LanguageModel
 from deconstruct.types import UserError
 
+LARGEST = 2**24  # of what is counted: beyond, sizes of arrays no longer fit the compiler, which ends the process
 CACHE_STEP = 128  # cache lengths are multiples of it, so that few programs are compiled
 
 
@@ -43,14 +45,14 @@ class Settings:
     def check(self) -> None:
         """Raises UserError for a value outside its range."""
         rules = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
-            "temperature": (self.temperature >= 0, "must not be negative"),
+            "max_new_tokens": (1 <= self.max_new_tokens <= LARGEST, f"must lie in [1, {LARGEST}]"),
+            "temperature": (0 <= self.temperature < math.inf, "must be finite, and not negative"),
             "top_k": (self.top_k >= 0, "must not be negative (0: all)"),
             "top_p": (0 < self.top_p <= 1, "must lie in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "must lie in [0, 1]"),
-            "repetition_penalty": (self.repetition_penalty > 0, "must be positive (1: none)"),
-            "samples": (self.samples >= 1, "must be at least 1"),
-            "batch_size": (self.batch_size >= 1, "must be at least 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "must be finite, and positive (1: none)"),
+            "samples": (1 <= self.samples <= LARGEST, f"must lie in [1, {LARGEST}]"),
+            "batch_size": (1 <= self.batch_size <= LARGEST, f"must lie in [1, {LARGEST}]"),
             "seed": (0 <= self.seed < 2**31, "must lie in [0, 2^31)"),
         }
         drawn = "greedy decoding draws nothing; add --temperature=1"

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -35,10 +34,11 @@ from orbax.checkpoint import v1 as ocp
 
 from deconstruct.paths import is_remote, place
 from deconstruct.run.checksums import checksums, is_signed, sign, unsigned
+from deconstruct.run.memory import hand_back
+from deconstruct.run.retention import META, delete, meta_file, remove, remove_unfinished
 from deconstruct.types import RunError, UserError
 
-_MODEL, _TRAIN, _META = "model", "train", "meta"
-_UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder it has not finished
+_MODEL, _TRAIN = "model", "train"
 _STEPS = ocp.path.step.standard_name_format()
 _log = logging.getLogger(__name__)
 
@@ -81,13 +81,13 @@ class Checkpoints:
         self._folder = _resolve(folder)
         self._every, self._keep, self._keep_period = every, keep, keep_period
         # By name: left to Orbax, a dict that holds nothing but strings and numbers would be taken for an array tree.
-        handlers = ocp.handlers.local_registry().add(ocp.handlers.JsonHandler, checkpointable_name=_META)
+        handlers = ocp.handlers.local_registry().add(ocp.handlers.JsonHandler, checkpointable_name=META)
         self._context = ocp.Context()
         self._context.checkpointables.registry = handlers
         self._context.asynchronous.timeout_secs = timeout
         self._folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            _remove_unfinished(self._folder)
+            remove_unfinished(self._folder)
         # Kept here and not read again, so that every process decides alike whatever its file system shows it when.
         self._steps = set(finished_steps(self._folder))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -121,7 +121,7 @@ class Checkpoints:
         if empty:
             raise ValueError(f"checkpoint {step}: there are no arrays in '{empty[0]}'")
         said = sign(meta, {item: _checksums(step, item, arrays) for item, arrays in named.items()})
-        items = {**{item: _nest(arrays) for item, arrays in named.items()}, _META: said}
+        items = {**{item: _nest(arrays) for item, arrays in named.items()}, META: said}
         try:
             with self._context:
                 # The step is not finished, so what may stand in its place is a ruin.
@@ -141,7 +141,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside = self._folder / f"{step}.{what}"
             if aside.exists():
-                _delete(aside)
+                delete(aside)
             (self._folder / str(step)).rename(aside)
         self._steps.discard(step)
 
@@ -174,7 +174,8 @@ class Checkpoints:
         # Only now: the old checkpoints are what a crash would fall back on.
         if jax.process_index() == 0:
             for step in retired:
-                _remove(self._folder, step)
+                remove(self._folder, step)
+        hand_back()
         return retired
 
     def _retired_by(self, step: int) -> list[int]:
@@ -196,7 +197,7 @@ def finished_steps(folder: Any) -> list[int]:
     if not folder.is_dir():
         return []
     steps = (found.step for found in _STEPS.find_all(folder))
-    return sorted(step for step in steps if _meta_file(folder, step).exists())
+    return sorted(step for step in steps if meta_file(folder, step).exists())
 
 
 def latest_step(folder: Any) -> int | None:
@@ -212,15 +213,15 @@ def read_meta(folder: Any, step: int) -> dict[str, Any]:
 def _read_meta(folder: Any, step: int) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
     """The meta of `step` as it was given to `save`, and the checksums of the arrays by item and name."""
     folder = _require(folder, step)
-    found = _reading(folder, step, lambda: json.loads(_meta_file(folder, step).read_text()))
+    found = _reading(folder, step, lambda: json.loads(meta_file(folder, step).read_text()))
     signed = is_signed(found)  # otherwise it is of a version that wrote no checksums
     if not isinstance(found, dict) or found.get("step", step if signed else None) != step:
-        raise _damaged(folder, step, f"{_META}/data.json does not speak of step {step}")
+        raise _damaged(folder, step, f"{META}/data.json does not speak of step {step}")
     if not signed:
         return found, {}
     said = unsigned(found)
     if said is None:
-        raise _damaged(folder, step, f"{_META}/data.json is not what was saved (its checksum)")
+        raise _damaged(folder, step, f"{META}/data.json is not what was saved (its checksum)")
     return said
 
 
@@ -358,40 +359,6 @@ def _nest(named: dict[Names, Any]) -> dict[str, Any]:
             branch = branch.setdefault(name, {})
         branch[names[-1]] = np.asarray(leaf, jnp.result_type(leaf)) if np.isscalar(leaf) else leaf
     return tree
-
-
-def _remove_unfinished(folder: epath.Path) -> None:
-    for path in folder.iterdir() if folder.exists() else ():  # in a bucket an empty folder is none
-        if re.fullmatch(r"\d+" + re.escape(_UNFINISHED) + ".*", path.name):
-            _delete(path)
-
-
-def _remove(folder: epath.Path, step: int) -> None:
-    """Deletes a checkpoint so that at no moment, not even after a crash, a part of it looks finished."""
-    path = folder / str(step)
-    try:
-        if "://" in str(folder):
-            _meta_file(folder, step).unlink()  # a bucket has no atomic rename; without this file it is not finished
-        else:
-            path = path.rename(folder / f"{step}{_UNFINISHED}-retired")
-    except FileNotFoundError:
-        return  # somebody was faster
-    except OSError as error:
-        _log.warning("the retired checkpoint %s could not be deleted: %s", path, error)
-        return
-    _delete(path)
-
-
-def _delete(path: epath.Path) -> None:
-    # A file that a reader holds open cannot be deleted on some file systems; that is no reason to end training.
-    try:
-        path.rmtree()
-    except OSError as error:
-        _log.warning("%s could not be deleted: %s", path, error)
-
-
-def _meta_file(folder: epath.Path, step: int) -> epath.Path:
-    return folder / str(step) / _META / "data.json"
 
 
 def _resolve(folder: Any) -> epath.Path:

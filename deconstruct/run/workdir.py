@@ -44,6 +44,15 @@ class Workdir:
         self.tokenizer = self.folder / "tokenizer"
         self.extensions = self.folder / "extensions"
 
+    def make(self) -> None:
+        """Makes the folder, where it is not there. Raises UserError where it cannot be made."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"--workdir={self.folder}: is a file; give a folder") from None
+        except OSError as error:
+            raise UserError(f"--workdir={self.folder}: cannot be made: {error.strerror}; give another") from None
+
     def write_config(self, config: Config) -> None:
         write_whole(self.config_file, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
 

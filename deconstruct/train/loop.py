@@ -93,7 +93,7 @@ def train(config: Config, workdir: os.PathLike[str] | str) -> int:
         run = Run(config, manifest, mesh, run_dir)  # a mistake of the user's ends here, before anything is written
         if run.is_done():
             return 0
-        run_dir.folder.mkdir(parents=True, exist_ok=True)
+        run_dir.make()
         turn = stack.enter_context(session(run_dir, run.clock))
         agree("workdir", dict)  # process 0 may have been refused, and no other waits for it then
         if latest_readable(run_dir)[0] != run.latest:  # another trainer has saved more, and ended, meanwhile

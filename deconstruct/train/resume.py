@@ -14,7 +14,7 @@ from deconstruct.attention.variants import fixed_source
 from deconstruct.config import Config
 from deconstruct.model.restack import to_segments
 from deconstruct.run import checkpoint
-from deconstruct.run.checkpoint import CheckpointDamagedError, Checkpoints
+from deconstruct.run.checkpoint import CheckpointDamagedError, CheckpointGoneError, Checkpoints
 from deconstruct.run.workdir import Workdir
 from deconstruct.train.guard import new_guard
 from deconstruct.train.state import StateSpec, TrainState, running_form, saved_form
@@ -87,22 +87,27 @@ def _short(value: Any) -> str:
 def latest_readable(run_dir: Workdir) -> tuple[int | None, dict[str, Any] | None]:
     """The latest finished step whose meta can be read, and that; as process 0 sees it, since a shared file system may
     show the others an older listing. Raises CheckpointDamagedError where there are some and none can be read."""
-    found, meta, error = -1, None, None
-    if jax.process_index() == 0:
-        for step in reversed(checkpoint.finished_steps(run_dir.checkpoints)):
-            try:
-                found, meta = step, checkpoint.read_meta(run_dir.checkpoints, step)
-                break
-            except CheckpointDamagedError as damage:
-                log.warning("%s", damage)
-                error = damage
-        if meta is None and error is not None:
-            raise error
+    found, meta = _latest_readable_here(run_dir) if jax.process_index() == 0 else (-1, None)
     if jax.process_count() > 1:
         found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
         if jax.process_index() != 0 and found >= 0:
             meta = checkpoint.read_meta(run_dir.checkpoints, found)
     return (None, None) if found < 0 else (found, meta)
+
+
+def _latest_readable_here(run_dir: Workdir) -> tuple[int, dict[str, Any] | None]:
+    error = None
+    for step in reversed(checkpoint.finished_steps(run_dir.checkpoints)):
+        try:
+            return step, checkpoint.read_meta(run_dir.checkpoints, step)
+        except CheckpointGoneError:  # a trainer is at work there: later ones have taken its place
+            return _latest_readable_here(run_dir)
+        except CheckpointDamagedError as damage:
+            log.warning("%s", damage)
+            error = damage
+    if error is not None:
+        raise error
+    return -1, None
 
 
 def _everywhere(holds: bool) -> bool:

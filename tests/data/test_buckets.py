@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -60,16 +61,14 @@ sys.exit(train(config, workdir))
 """
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def bucket(request, tmp_path_factory):
-    """An empty bucket of an emulator that runs meanwhile."""
-    scheme, port = request.param, portpicker.pick_unused_port()
+@contextlib.contextmanager
+def emulator(scheme, folder):
+    """A server of such buckets, and what to set in an environment to reach it."""
+    port = portpicker.pick_unused_port()
     url = f"http://127.0.0.1:{port}"
-    log = open(tmp_path_factory.mktemp("emulator") / "log", "w")  # noqa: SIM115
-    server = subprocess.Popen([sys.executable, "-c", PROGRAMS[scheme].format(port)], stdout=log, stderr=log)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in SETTINGS[scheme].items():
-            patch.setenv(name, value.format(url))
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-c", PROGRAMS[scheme].format(port)], stdout=log, stderr=log)
+    try:
         deadline = time.monotonic() + 60
         while True:
             try:
@@ -80,11 +79,23 @@ def bucket(request, tmp_path_factory):
             except OSError:
                 assert server.poll() is None and time.monotonic() < deadline
                 time.sleep(0.1)
-        files = file_system(f"{scheme}://any")
-        files.mkdir("proof")
-        yield f"{scheme}://proof"
-    server.kill()
-    server.wait()
+        yield server, {name: value.format(url) for name, value in SETTINGS[scheme].items()}
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request, tmp_path_factory):
+    """An empty bucket of an emulator that runs meanwhile."""
+    with (
+        emulator(request.param, tmp_path_factory.mktemp("emulator")) as (_, settings),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        file_system(f"{request.param}://any").mkdir("proof")
+        yield f"{request.param}://proof"
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +185,43 @@ def test_a_run_in_a_bucket(bucket, prepared_there, prepared, tmp_path):
     tokens = np.arange(48, dtype=np.int32)[None]
     logits = [np.asarray(restore_model(run)(tokens)) for run in (f"{bucket}/run", tmp_path / "run")]
     assert (logits[0] == logits[1]).all()
+
+
+# Writes a file of several requests, and reads it from its first document on.
+READER = """
+import json, sys
+from deconstruct.data.sources import documents, work_units
+from deconstruct.paths import file_system, place
+from deconstruct.types import UserError
+
+path = sys.argv[1]
+file_system(path).mkdir("proof")
+place(path).write_text("".join(json.dumps({"text": "fog " * 2000}) + "\\n" for _ in range(2500)))
+found = documents(work_units([path])[0])
+next(found)
+print("reading", flush=True)
+sys.stdin.readline()
+try:
+    print(sum(1 for _ in found), "more documents")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_bucket_that_goes_away_in_the_middle_of_a_file(tmp_path):
+    path = "gs://proof/a.jsonl"
+    with emulator("gs", tmp_path) as (server, settings):
+        environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        reader = subprocess.Popen(
+            [sys.executable, "-c", READER, path], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert reader.stdout.readline() == "reading\n"
+        server.kill()
+        server.wait()
+        said, noise = reader.communicate("\n", timeout=300)
+    assert reader.returncode == 0 and said.startswith(f"{path}: ") and "onnect" in said and said.count("\n") == 1, said
+    assert noise == ""
 
 
 def test_without_the_library(tmp_path):

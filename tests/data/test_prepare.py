@@ -190,6 +190,7 @@ def test_bad_lines_are_counted_reported_and_limited(tmp_path, documents, capsys)
     ("others", "message"),
     [
         ({"vocab_size": 100}, "--vocab-size=100: must be at least 259"),
+        ({"vocab_size": 10**20}, "--vocab-size=100000000000000000000: must be at most 16777216"),
         ({"row_length": 0}, "--row-length=0: must be at least 1"),
         ({"validation_fraction": 1.0}, "--validation-fraction=1.0: must be between 0 and 1"),
         ({"max_bad_share": 2.0}, "--max-bad-share=2.0: must be from 0 to 1"),

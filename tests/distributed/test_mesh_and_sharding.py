@@ -116,7 +116,7 @@ def test_presets_of_meshes():
         (12, 1, None),
         (16, 1, None),
         (16, 4, None),
-        (16, 8, r"config.batch_size=16 / accumulation=8 does not divide over 4 devices \(mesh data x fsdp\); 32 would"),
+        (16, 8, r"config.batch_size=16 / accumulation=8 does not .*; 32 would, or config.mesh.tensor=4$"),
         (2, 1, r"config.batch_size=2 does not divide over 4 devices \(mesh data x fsdp\); 4 would"),
         (30, 3, r"config.batch_size=30 / accumulation=3 does not .*; 24 would"),
     ],
@@ -130,6 +130,8 @@ def test_batches_over_devices(batch_size, accumulation, message):
         check_batch(config, mesh)
     proposed = int(re.search(r"(\d+) would", str(raised.value))[1])
     check_batch(config.replace(batch_size=proposed), mesh)
+    if "tensor=4" in str(raised.value):
+        check_batch(config, mesh_of(1, 2, 4))
 
 
 def test_specs():

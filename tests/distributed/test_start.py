@@ -19,8 +19,7 @@ from deconstruct.distributed.cluster import Place, find_place
 from deconstruct.distributed.meeting import meet
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.types import PeerError, UserError
-from tests.tiny import CONFIG_FILE
-from tests.train.conftest import prepare_text
+from tests.distributed.pair import Pair, ended
 
 ROOT = Path(__file__).parents[2]
 SLURM = {
@@ -241,46 +240,6 @@ def test_the_odd_one_of_many_is_named():
 # Real processes, started by the program itself.
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start")
-    (folder / "tiny.py").write_text(CONFIG_FILE)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(folder):
-    return [prepare_text(folder / f"text{seed}", seed) for seed in (0, 1)]
-
-
-class Pair:
-    """Two processes of one run, each with options and an environment of its own."""
-
-    def __init__(self, folder, workdir, data):
-        self.common = ["--config", str(folder / "tiny.py"), "--workdir", str(workdir), f"--config.data={data}"]
-        self.port = portpicker.pick_unused_port()
-
-    def start(self, process, *words, **environment):
-        place = (f"--coordinator=localhost:{self.port}", "--num-processes=2", f"--process-id={process}")
-        return subprocess.Popen(
-            [sys.executable, "-m", "deconstruct.cli", "train", *self.common, *place, *words],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, first, second):
-        """(status, last line) of both."""
-        processes = [self.start(number, *words) for number, words in enumerate((first, second))]
-        return [ended(process) for process in processes]
-
-
-def ended(process, limit=120):
-    out, _ = process.communicate(timeout=limit)
-    return process.returncode, ["", *out.strip().splitlines()][-1]
-
-
 def test_another_learning_rate_is_named_by_both(folder, data, tmp_path):
     results = Pair(folder, tmp_path / "run", data[0]).run((), ("--config.learning_rate=0.25",))
     for status, line in results:
@@ -352,25 +311,6 @@ def test_a_process_that_never_comes_or_falls_silent(folder, data, tmp_path):
     status, line = ended(first)
     assert (status, line) == (0, "PeerError process 1 has not come to the check of 'sleep' within 3 s")
     second.wait(timeout=60)
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_death_of_one_is_seen_by_the_other_at_once(folder, data, tmp_path, victim):
-    pair = Pair(folder, tmp_path / "run", data[0])
-    processes = [pair.start(number, "--config.steps=100000") for number in range(2)]
-    deadline = time.monotonic() + 120
-    while len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) < 5:
-        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
-        time.sleep(0.01)
-    processes[victim].kill()
-    begun = time.monotonic()
-    out, _ = processes[1 - victim].communicate(timeout=60)
-    assert processes[1 - victim].returncode == 1 and time.monotonic() - begun < 10
-    host = socket.gethostname()
-    assert f"process {victim} ({host}) has died; run the same command to go on from the latest checkpoint\n" in out
-    assert "Traceback" not in out and "Check failure" not in out
-    processes[victim].communicate(timeout=60)
 
 
 @pytest.mark.proof

@@ -124,7 +124,13 @@ def test_prompts_that_cannot_be_taken(tokens, message, text):
         Generator(model, text, Settings(max_new_tokens=10)).generate([Request("", tokens, 0)])
 
 
-@pytest.mark.parametrize("change", [{"top_p": 0.0}, {"temperature": -1.0}, {"max_new_tokens": 0}, {"samples": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"top_p": 0.0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"repetition_penalty": float("inf")},
+        {"max_new_tokens": 0}, {"max_new_tokens": 10**11}, {"samples": 0}, {"samples": 10**11}, {"batch_size": 10**11},
+    ],
+)  # fmt: skip
 def test_settings_are_checked(change):
     with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')}="):
         Settings(**change).check()

@@ -215,7 +215,7 @@ def test_a_checkpoint_deleted_under_the_reader_is_gone(tmp_path, small, monkeypa
     load = checkpoint.ocp.load
 
     def late(path, *arguments, **options):
-        checkpoint._remove(path.parent, int(path.name))
+        checkpoint.remove(path.parent, int(path.name))
         return load(path, *arguments, **options)
 
     monkeypatch.setattr(checkpoint.ocp, "load", late)

@@ -87,6 +87,19 @@ def test_so_many_in_a_row_end_the_run_and_say_what_they_were(prepared, tmp_path)
 
 
 @pytest.mark.proof
+def test_a_learning_rate_of_a_million_leaves_nothing_that_is_not_a_number(prepared, tmp_path):
+    """The first update is made and useless, and what follows is not; a lower rate then begins anew in the workdir."""
+    wild = run_config(prepared, variant="standard", steps=30, checkpoint_every=2, learning_rate=1e6)
+    with pytest.raises(FloatingPointError, match=r"8 updates in a row were skipped .* there is no good one; a lower"):
+        train(wild, tmp_path)
+    place = Workdir(tmp_path)
+    assert finished_steps(place.checkpoints) == [] and len(strictly(place.metrics.read_text())) >= 8
+    assert train(run_config(prepared, variant="standard", steps=3, checkpoint_every=2), tmp_path) == 0
+    assert finished_steps(place.checkpoints) == [2, 3]
+    assert [line["skipped"] for line in strictly(place.metrics.read_text())] == [0, 0, 0]
+
+
+@pytest.mark.proof
 def test_a_checkpoint_from_which_no_update_can_be_made_is_set_aside(prepared, tmp_path):
     """Two good steps, then a learning rate that throws the parameters so far that the loss is no number."""
     good = run_config(prepared, variant="standard", steps=2, checkpoint_every=1)

@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deconstruct.run.checkpoint import finished_steps
@@ -27,6 +30,24 @@ def test_thirty_kills_change_nothing(prepared, tmp_path):
     loop = Loop(tmp_path / "loop", prepared, seed=3)
     loop.run(30)
     assert sum(loop.kills.values()) == 30
+
+
+@pytest.mark.proof
+def test_ctrl_c_while_the_program_starts_is_one_line(prepared, tmp_path):
+    """At moments of its processor's time, from the first import to the compiling of the step."""
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG_FILE)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+    for number, moment in enumerate((0.1, 0.4, 0.8, 1.2, 1.6, 2.4)):
+        command = [sys.executable, "-m", "deconstruct", *train_words(config, prepared, tmp_path / str(number))]
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and sum(psutil.Process(process.pid).cpu_times()[:2]) < moment:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode in (75, 130) and "Traceback" not in said, (moment, process.returncode, said)
+        if process.returncode == 130:
+            assert said.splitlines()[-1] == "deconstruct: interrupted" and not (tmp_path / str(number)).exists()
 
 
 @pytest.fixture

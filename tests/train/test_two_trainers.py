@@ -14,9 +14,12 @@ import portpicker
 import pytest
 
 from deconstruct.lock import RECORD, alone_in
+from deconstruct.run.checkpoint import finished_steps
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.status import status
 from deconstruct.run.workdir import Workdir
+from deconstruct.train.loop import train
+from deconstruct.types import UserError
 from tests.train.test_run import run_config
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +93,34 @@ def test_of_two_trainers_that_start_together_one_trains_twenty_times(prepared, t
     for rival in rivals:
         rival.communicate()
         assert rival.returncode == 0
+
+
+@pytest.mark.proof
+def test_commands_that_are_refused_beside_a_run_cost_it_nothing(prepared, tmp_path):
+    """Another seed, and the same command again, while there is a save under way at nearly every moment."""
+    model = {"num_layers": 1}
+    config = run_config(prepared, model, variant="standard", layout="uniform", steps=10**6, checkpoint_every=1)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    command, workdir = [sys.executable, "-c", TRAINER, str(tmp_path / "config.json")], tmp_path / "run"
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+    run.stdin.write(f"{workdir}\n")
+    run.stdin.flush()
+    while len(finished_steps(workdir / "checkpoints")) < 3:
+        assert run.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    for number in range(20):
+        with pytest.raises(UserError, match=r"config.seed=1, but this workdir holds a run with 0; set it back"):
+            train(config.replace(seed=1), workdir)
+        if number % 10 == 0:
+            with pytest.raises(UserError, match=rf"another train is writing here: .* process {run.pid}, since"):
+                train(config, workdir)
+    assert run.stdout.readline() == "ready\n" and run.poll() is None, (tmp_path / "log").read_text()
+    run.send_signal(signal.SIGTERM)
+    assert run.stdout.readline() == "ended 75\n", (tmp_path / "log").read_text()
+    run.communicate()
+    steps = [record["step"] for record in read_jsonl(Workdir(workdir).metrics)]
+    assert steps == list(range(1, steps[-1] + 1)) and finished_steps(workdir / "checkpoints")[-1] == steps[-1]
 
 
 def next_answer(rivals):
