@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -46,6 +46,16 @@ class Measurement(NamedTuple):
     extras: Mapping[str, Any] = {}
 
 
+class Item(NamedTuple):
+    """One document or question of those that a number is made of, kept for paired tests (`items.py`). `facts` (tokens)
+    go into its row as well."""
+
+    doc_id: int
+    correct: bool | None
+    loglikelihoods: Sequence[float]
+    facts: Mapping[str, Any] = {}
+
+
 class Evaluation:
     """Measures models. One object serves all checkpoints of a run, so it may keep data and compiled programs.
 
@@ -73,8 +83,9 @@ class Evaluation:
         """What is measured on each checkpoint: the qualifiers of each measurement, in order."""
         return [{}]
 
-    def measure(self, model: LanguageModel, setting: Setting) -> Iterable[Measurement]:
-        """Called inside `jax.set_mesh` of the subject's mesh, on which the model's parameters are."""
+    def measure(self, model: LanguageModel, setting: Setting) -> Iterable[Measurement | Item]:
+        """The numbers, and the items they are made of if these are to be kept. Called inside `jax.set_mesh` of the
+        subject's mesh, on which the model's parameters are."""
         raise NotImplementedError
 
     def line(self, records: list[Record]) -> str:
@@ -134,6 +145,12 @@ def own_options(tasks: list[str], parsed: argparse.Namespace) -> dict[str, argpa
         options[task] = argparse.Namespace(**{name: given.get(name, default) for name, default in names.items()})
         _load(task).check(options[task])
     return options
+
+
+def qualifiers_of(task: str) -> dict[str, Any] | None:
+    """Those of a task's records, `skip` among them, with the value that goes without saying. None where no such task is
+    known here."""
+    return {**_load(task).qualifiers, "skip": ""} if task in EVALUATIONS else None
 
 
 def make_evaluation(task: str, subject: Subject, options: argparse.Namespace) -> Evaluation:

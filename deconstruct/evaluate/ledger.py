@@ -8,6 +8,7 @@ setting is measured again, and what stands there already is not added twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -27,9 +28,10 @@ class Ledger:
         there = [record for record in self.records(evaluation) if record["metric"] == evaluation.last]
         return [s for s in evaluation.settings() if not any(self._is_of(record, step, s) for record in there)]
 
-    def add(self, step: int, evaluation: Evaluation, setting: Setting, found: list[Measurement]) -> list[Record]:
+    def add(self, step: int, evaluation: Evaluation, setting: Setting, found: Iterable[Measurement]) -> list[Record]:
         """Adds what was measured of one setting; returns its records. Raises ValueError where it does not end with the
         evaluation's last metric, as it then would never be complete."""
+        found = list(found)
         metrics = [measurement.metric for measurement in found]
         if metrics[-1:] != [evaluation.last] or metrics.count(evaluation.last) != 1:
             raise ValueError(f"{evaluation.name} must measure {evaluation.last!r} once, and last")

@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import numpy as np
+
 from deconstruct.evaluate import texts
-from deconstruct.evaluate.evaluation import Evaluation, Measurement, Record, Setting, Subject
+from deconstruct.evaluate.evaluation import Evaluation, Item, Measurement, Record, Setting, Subject
 from deconstruct.evaluate.window_losses import WindowLosses
 from deconstruct.model.language_model import LanguageModel
 from deconstruct.types import UserError
@@ -49,6 +51,7 @@ class Perplexity(Evaluation):
         strides = [_stride(context, options.windows, options.stride) for context in contexts]
         self._stream, text = texts.read_text(subject, options)
         constant = {"text": text, "windows": options.windows, "max_tokens": options.max_tokens}
+        self._pieces = texts.pieces(self._stream, texts.end_of_text(subject, options))
         self._settings = [
             {"context": context, "stride": stride, **constant}
             for context, stride in zip(contexts, strides, strict=True)
@@ -58,8 +61,13 @@ class Perplexity(Evaluation):
     def settings(self) -> list[Setting]:
         return self._settings
 
-    def measure(self, model: LanguageModel, setting: Setting) -> Iterator[Measurement]:
+    def measure(self, model: LanguageModel, setting: Setting) -> Iterator[Measurement | Item]:
         result = self._losses(model, self._stream, setting["context"], setting["stride"])
+        starts, documents = self._pieces
+        sums = np.add.reduceat(result.losses, starts, dtype=np.float64)
+        counts = np.diff(starts, append=result.tokens)
+        for document, nll, tokens in zip(documents.tolist(), sums.tolist(), counts.tolist(), strict=True):
+            yield Item(document, None, [round(-nll, 4)], {"tokens": tokens})
         for metric, value in (("nll", result.nll), ("perplexity", result.perplexity)):
             yield Measurement(metric, value, {"tokens": result.tokens})
 

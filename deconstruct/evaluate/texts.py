@@ -29,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "use only the first N tokens (default: all)",
     },
 }
+# Tokens of a document that are kept as one item: where there are few documents, their pieces are what is drawn from.
+PIECE = 1024
 # And of its records, with what goes without saying.
 QUALIFIERS = {"text": "validation", "max_tokens": 0}
 
@@ -48,6 +50,24 @@ def read_text(subject: Subject, options: argparse.Namespace) -> tuple[np.ndarray
         where = f"--text={options.text}" if options.text else f"--data={options.data or subject.config.data}"
         raise UserError(f"{where}: its tokens go up to {greatest}, and the model has the ids 0 to {vocabulary - 1}")
     return (stream[: options.max_tokens + 1] if options.max_tokens else stream), name
+
+
+def end_of_text(subject: Subject, options: argparse.Namespace) -> int:
+    """The id that ends a document in what `read_text` gives."""
+    if options.text:
+        return _tokenizer(subject).end_of_text
+    return load_manifest(options.data or subject.config.data).tokenizer["end_of_text"]
+
+
+def pieces(stream: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, documents), int [pieces]: where each piece of at most PIECE tokens of one document begins among the
+    tokens to predict, which are all but the first of the stream, and which document it is of. An end of text is
+    predicted by the document that it ends."""
+    documents = np.cumsum(stream[:-1] == end_of_text)
+    begins = np.flatnonzero(np.diff(documents, prepend=-1))
+    within = np.arange(len(documents)) - np.repeat(begins, np.diff(begins, append=len(documents)))
+    starts = np.flatnonzero(within % PIECE == 0)
+    return starts, documents[starts]
 
 
 def _file(subject: Subject, file: str) -> tuple[np.ndarray, str]:
