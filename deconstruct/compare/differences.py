@@ -25,6 +25,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower
 
 CONFIDENCE, POWER, RESAMPLES = 0.95, 0.8, 2000
+SAME = 1e-9  # of the unit in which values are: what is nearer is rounding
 MOST_SEEDS = 1000  # more are not counted
 
 
@@ -99,17 +100,34 @@ def difference(ours: Scores, base: Scores, floor: Noise | None = None) -> Differ
     if not np.array_equal(ours.weights, base.weights):
         raise ValueError("the two groups were not measured on the same items")
     value = ours.mean - base.mean
-    over_items, error = _over_items(ours, base)
+    over_items, error = _over_items(ours.values.mean(0) - base.values.mean(0), ours.weights)
     own = noise([ours, base]) or floor
     if own is None:
         return Difference(value, over_items, None, _p_over_items(ours, base, value, error), None)
     share = 1 / len(ours.values) + 1 / len(base.values)
+    return _with_seeds(value, over_items, error, own, share, len(ours.weights))
+
+
+def change(after: Scores, before: Scores) -> Difference:
+    """Of the same runs, measured in two ways: paired by run as well."""
+    gaps = Scores(after.values - before.values, after.weights)
+    over_items, error = _over_items(gaps.values.mean(0), gaps.weights)
+    own = noise([gaps])
+    if own is None:
+        return Difference(gaps.mean, over_items, None, _p_over_items(after, before, gaps.mean, error), None)
+    return _with_seeds(gaps.mean, over_items, error, own, 1 / len(gaps.values), len(gaps.weights))
+
+
+def _with_seeds(
+    value: float, over_items: Interval | None, error: float, own: Noise, share: float, count: int
+) -> Difference:
+    """`error`: over `count` items. `share`: of the variance of a run that is in the value: 1/m + 1/k."""
     items = max(error**2 - own.rest**2 * share, 0.0)
     seeds = own.deviation**2 * share
     variance = items + seeds
     if variance == 0:
         return Difference(value, over_items, Interval(value, value), 1.0 if value == 0 else 0.0, None)
-    freedom = variance**2 / (seeds**2 / own.freedom + items**2 / max(len(ours.weights) - 1, 1))
+    freedom = variance**2 / (seeds**2 / own.freedom + items**2 / max(count - 1, 1))
     spread = stats.t(freedom, loc=value, scale=math.sqrt(variance))
     p = 2 * float(stats.t.sf(abs(value) / math.sqrt(variance), freedom))
     return Difference(value, over_items, Interval(*spread.interval(CONFIDENCE)), p, _seeds(value, own, items))
@@ -126,12 +144,11 @@ def corrected(differences: list[Difference]) -> list[float]:
     return list(multipletests([one.p for one in differences], method="holm")[1]) if differences else []
 
 
-def _over_items(ours: Scores, base: Scores) -> tuple[Interval | None, float]:
-    """The bootstrap interval (bias-corrected and accelerated) and its standard error."""
-    gaps, weights = ours.values.mean(0) - base.values.mean(0), ours.weights
+def _over_items(gaps: np.ndarray, weights: np.ndarray) -> tuple[Interval | None, float]:
+    """Of sum gaps / sum weights: the bootstrap interval (bias-corrected and accelerated) and its standard error."""
     if len(gaps) < 2:
         return None, 0.0
-    if np.ptp(gaps / weights) == 0:  # no resampling changes it, and the interval would be 0 / 0
+    if np.ptp(gaps / weights) < SAME:  # no resampling changes it, and the interval would be 0 / 0
         return Interval(float(gaps[0] / weights[0]), float(gaps[0] / weights[0])), 0.0
     found = stats.bootstrap(
         (gaps, weights),

@@ -18,6 +18,8 @@ CARRIED_OUT = (
     *("seed", "checkpoint_every", "log_every", "accumulation", "mesh.", "checkpoint.", "faults."),
     *("model.remat", "model.scan"),
 )
+# Keys that are filled in where a variant reads them, and stay at their defaults where none does.
+FILLED_IN = ("model.fixed_length", "model.end_of_text")
 
 
 class Run(NamedTuple):
@@ -50,7 +52,8 @@ def read_runs(folders: Iterable[str]) -> list[Run]:
 
 def grouped(runs: list[Run]) -> list[Group]:
     """In the order of the paper's variants and of the layouts. Raises UserError where a group has a seed twice."""
-    keys = [key for key in differing_keys([run.config for run in runs]) if not key.startswith(CARRIED_OUT)]
+    configs = [run.config for run in runs]
+    keys = [key for key in differing_keys(configs) if not key.startswith(CARRIED_OUT) and _is_chosen(key, configs)]
     groups: dict[tuple[str, ...], Group] = {}
     for run in runs:
         values = tuple(str(value_of(run.config, key)) for key in keys)
@@ -81,6 +84,11 @@ def find_baseline(groups: list[Group], text: str | None) -> Group:
         among = "; ".join(group.label for group in fits or groups)
         raise UserError(f"--baseline={text}: fits {len(fits)} groups, and should fit one of: {among}")
     return fits[0]
+
+
+def _is_chosen(key: str, configs: list[Config]) -> bool:
+    """Whether configurations that read the key differ in it."""
+    return key not in FILLED_IN or len({value_of(c, key) for c in configs} - {value_of(Config(), key)}) > 1
 
 
 def _place(group: Group) -> tuple[int, int, str]:

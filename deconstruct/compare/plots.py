@@ -40,7 +40,7 @@ def styles(labels: Sequence[str]) -> dict[str, Any]:
 
 def loss_curves(curves: Curves, budget: str) -> Figure:
     """Training loss: the mean over seeds, and the least and the most of them as a band."""
-    figure, axis = _axis()
+    figure, axis = axes()
     colour, dash = colours(list(curves)), styles(list(curves))
     for label, (where, losses) in curves.items():
         axis.plot(where, losses.mean(0), dash[label], color=colour[label], linewidth=1.2, label=label)
@@ -54,7 +54,7 @@ def loss_curves(curves: Curves, budget: str) -> Figure:
 
 def perplexity_by_context(comparisons: Sequence[Comparison]) -> Figure:
     """A line for each group; the bars are the least and the most of its seeds."""
-    figure, axis = _axis()
+    figure, axis = axes()
     contexts = [one.measure.get("context") for one in comparisons]
     labels = [row.group.label for row in comparisons[0].rows]
     colour, dash = colours(labels), styles(labels)
@@ -76,7 +76,7 @@ def perplexity_by_context(comparisons: Sequence[Comparison]) -> Figure:
 def differences(one: Comparison) -> Figure:
     """Every group less the baseline, with the interval that the verdict rests on."""
     rows = [row for row in one.rows if row.difference is not None]
-    figure, axis = _axis(height=0.9 + 0.28 * len(rows))
+    figure, axis = axes(height=0.9 + 0.28 * len(rows))
     scale = 1.0 if one.measure.lower_is_better else 100.0
     for place, row in enumerate(reversed(rows)):
         assert row.difference is not None
@@ -90,7 +90,7 @@ def differences(one: Comparison) -> Figure:
     axis.axvline(0, color="0.4", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [row.group.label for row in reversed(rows)], fontsize=8)
     axis.set_xlabel(
-        f"{one.measure.name}: less {one.baseline.label} ({'nats a token' if scale == 1 else 'points'}); "
+        f"{one.measure.name}: less {one.baseline.label} ({'nats a token' if scale == 1 else 'points'})\n"
         "thick: 95 % over items, thin: over seeds too",
         fontsize=8,
     )
@@ -111,7 +111,7 @@ def principle_by_layout(one: Comparison, principles: Mapping[str, str]) -> Figur
         place = variants.index(row.group.config.variant), layouts.index(row.group.config.layout)
         if np.isnan(cells[place]):  # where other keys differ too, the first group stands for all
             cells[place], gaps[place] = one.measure.shown(row.scores.mean), row.scores.mean - base
-    figure, axis = _axis(width=2.6 + 0.9 * len(layouts), height=1.0 + 0.42 * len(variants))
+    figure, axis = axes(width=2.6 + 0.9 * len(layouts), height=1.0 + 0.42 * len(variants))
     most = float(np.nanmax(np.abs(gaps))) or 1.0
     colour = "RdBu_r" if one.measure.lower_is_better else "RdBu"
     axis.imshow(np.sign(gaps) * np.sqrt(np.abs(gaps) / most), cmap=colour, vmin=-1.4, vmax=1.4, aspect="auto")
@@ -129,7 +129,7 @@ def principle_by_layout(one: Comparison, principles: Mapping[str, str]) -> Figur
 
 def time_by_length(bench: Mapping[str, Any]) -> Figure:
     """Milliseconds of one decoded token by what was read before it: `deconstruct bench contexts --json`."""
-    figure, axis = _axis()
+    figure, axis = axes()
     labels = list(bench["variants"])
     colour = colours(labels)
     for label, row in bench["variants"].items():
@@ -144,7 +144,7 @@ def time_by_length(bench: Mapping[str, Any]) -> Figure:
 
 def sweep_curves(sweeps: Sequence[Sweep], key: str, measure: Measure) -> Figure:
     """The measure over the values of a key, a line for each configuration; the best of each is marked."""
-    figure, axis = _axis()
+    figure, axis = axes()
     labels = [one.label for one in sweeps]
     colour, dash = colours(labels), styles(labels)
     for one in sweeps:
@@ -161,7 +161,7 @@ def sweep_curves(sweeps: Sequence[Sweep], key: str, measure: Measure) -> Figure:
     return figure
 
 
-def _axis(width: float = 6.4, height: float = 3.6) -> tuple[Any, Any]:
+def axes(width: float = 6.4, height: float = 3.6) -> tuple[Any, Any]:
     import matplotlib
     from matplotlib.figure import Figure
 

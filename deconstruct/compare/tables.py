@@ -48,32 +48,26 @@ def mean_and_spread(row: Row, measure: Measure) -> str:
 
 
 def differences(one: Comparison) -> str:
-    """Every group less the baseline, in nats a token or points of a hundred."""
-    heads = ["group", "seeds", "difference", "%" if one.measure.lower_is_better else "", "95 % over items"]
-    heads += ["95 % over seeds and items", "p (Holm)", "verdict", "seeds to decide"]
+    return markdown(*difference_rows(one))
+
+
+def difference_rows(one: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Heads, and every group less the baseline, in nats a token or points of a hundred."""
+    heads = ["group", "seeds", "difference", "%", "95 % over items", "95 % over seeds and items", "p (Holm)", "verdict"]
     rows = []
     for row in one.rows:
-        found = row.difference
+        cells, found = [row.group.label, str(len(row.group.runs))], row.difference
         if found is None:
-            rows.append([row.group.label, str(len(row.group.runs)), *[""] * 5, one.verdict(row), ""])
-            continue
-        percent = f"{100 * math.expm1(min(found.value, 700.0)):+.1f}" if one.measure.lower_is_better else ""
-        rows.append(
-            [
-                row.group.label,
-                f"{len(row.group.runs)}",
-                _signed(found.value, one.measure),
-                percent,
-                _interval(found.over_items, one.measure),
-                _interval(found.over_seeds, one.measure),
-                _p(row.p),
-                one.verdict(row),
-                _seeds(found.seeds),
-            ]
-        )
-    if not one.measure.lower_is_better:
-        heads, rows = heads[:3] + heads[4:], [row[:3] + row[4:] for row in rows]
-    return markdown(heads, rows)
+            cells += [*[""] * 5, one.verdict(row), ""]
+        else:
+            cells += [_signed(found.value, one.measure), f"{100 * math.expm1(min(found.value, 700.0)):+.1f}"]
+            cells += [_interval(interval, one.measure) for interval in (found.over_items, found.over_seeds)]
+            cells += [_p(row.p), one.verdict(row), _seeds(found.seeds)]
+        rows.append(cells)
+    heads.append("seeds to decide")
+    if not one.measure.lower_is_better:  # a ratio is of perplexities
+        heads, rows = [*heads[:3], *heads[4:]], [[*row[:3], *row[4:]] for row in rows]
+    return heads, rows
 
 
 def noise_floor(one: Comparison) -> str:

@@ -13,15 +13,15 @@ PLAIN = {"text": "validation", "windows": "non-overlapping", "max_tokens": 0, "s
 TOKENS = np.random.default_rng(9).integers(20, 200, 40)  # of 40 documents
 
 
-def made_run(folder, *, losses, context=8, step=4, logged=(), keep_items=True, **config):
-    """`losses`: nats a token, of each of the 40 documents."""
+def made_run(folder, *, losses, context=8, step=4, skip="", logged=(), keep_items=True, **config):
+    """`losses`: nats a token, of each of the 40 documents. Called again, it adds another measurement."""
     run_dir = Workdir(folder)
     if not folder.exists():
         folder.mkdir(parents=True)
-        run_dir.write_config(tiny_config(**config))
+        run_dir.write_config(tiny_config(config.pop("model", None), **config))
         lines = [{"step": i, "loss": loss, "seconds": {"step": 0.5}} for i, loss in enumerate(logged, 1)]
         run_dir.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    setting = {"context": context, "stride": context, **PLAIN}
+    setting = {"context": context, "stride": context, **PLAIN, "skip": skip}
     losses = np.broadcast_to(losses, TOKENS.shape)
     if keep_items:
         items = [
@@ -30,8 +30,11 @@ def made_run(folder, *, losses, context=8, step=4, logged=(), keep_items=True, *
         ]
         write_items(run_dir, step, "perplexity", setting, items)
     nll = float((losses * TOKENS).sum() / TOKENS.sum())
-    with run_dir.evaluations.open("a") as out:
-        for metric, value in (("nll", nll), ("perplexity", float(np.exp(nll)))):
-            record = {"step": step, "task": "perplexity", "metric": metric, "value": value, **setting}
-            out.write(json.dumps(record) + "\n")
+    values = {"nll": nll, "perplexity": float(np.exp(nll))}
+    add_records(folder, [{"task": "perplexity", "metric": m, "value": v, **setting} for m, v in values.items()], step)
     return folder
+
+
+def add_records(folder, records, step=4):
+    with Workdir(folder).evaluations.open("a") as out:
+        out.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)

@@ -25,7 +25,7 @@ def losses(seed, shift=0.0):
 def runs(tmp_path):
     """Three seeds of each: standard, one that is as good, and one that is 0.2 nats worse."""
     folder = tmp_path / "runs"
-    for number, (variant, shift) in enumerate([("standard", 0.0), ("static_emb_qk", 0.0), ("mlp", 0.2)]):
+    for number, (variant, shift) in enumerate([("standard", 0.0), ("rnd_emb_qk", 0.0), ("mlp", 0.2)]):
         for seed in range(3):
             for context, gain in ((8, 0.0), (12, 0.1)):
                 made_run(
@@ -56,7 +56,7 @@ def test_what_it_says(runs, tmp_path, capsys):
     assert text.startswith("9 runs in 3 groups, which differ in variant; at step 4, matched by steps")
     assert cells(text, "mlp", 0)[1] == "3" and "±" in cells(text, "mlp", 0)[2]
     assert "verdict" in text and cells(text, "standard", 1)[-1] == "baseline"
-    worse, same = cells(text, "mlp", 1), cells(text, "static_emb_qk", 1)
+    worse, same = cells(text, "mlp", 1), cells(text, "rnd_emb_qk", 1)
     assert "worse" in worse and float(worse[2]) == pytest.approx(0.2, abs=0.03) and worse[6] == "< 0.001"
     assert "no difference" in same and same[4].startswith("-") and same[5].split(" to ")[1].startswith("+")
     assert "Noise floor: seeds of one configuration have a standard deviation of 0.0" in text
