@@ -148,13 +148,16 @@ def loss_curves(groups: list[Group], budget: str) -> dict[str, tuple[np.ndarray,
 
 
 def principles(groups: list[Group]) -> dict[str, str]:
-    """What each variant relaxes, in words; "" for what relaxes nothing."""
+    """What each variant relaxes, in words; "" for what relaxes nothing, or is defined by code that is not loaded."""
     from deconstruct.attention.variants import find_variant
 
     found = {}
     for variant in {group.config.variant for group in groups}:
-        relaxed = [principle for cls in find_variant(variant).classes for principle in cls.relaxes]  # type: ignore[attr-defined]
-        found[variant] = ", ".join(dict.fromkeys(relaxed))
+        try:
+            classes: Any = find_variant(variant).classes
+        except UserError:
+            classes = ()
+        found[variant] = ", ".join(dict.fromkeys(principle for cls in classes for principle in cls.relaxes))
     return found
 
 

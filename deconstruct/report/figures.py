@@ -4,6 +4,7 @@ principle by layout, indicators, logits, costs."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from deconstruct.compare import plots
 from deconstruct.compare.command import loss_curves, principles
 from deconstruct.compare.comparison import Comparison
+from deconstruct.config import ModelConfig
 from deconstruct.costs import accounting
 from deconstruct.costs.paper import PAPER_COSTS, without_formulas
 from deconstruct.report.study import RATE, Family
@@ -181,19 +183,19 @@ def _costs(family: Family) -> Picture:
     model = family.config.model
     variants = list(dict.fromkeys(cell[0] for cell in family.groups))
     panels = []
-    for what, unit, ours, key in (
+    costs: tuple[tuple[str, str, Callable[[ModelConfig, int, int], Sequence[float]], str], ...] = (
         ("a prompt", "FLOPs a token of the prompt", _prefill, "prefill"),
-        ("one more token", "FLOPs", accounting.layer_decode_flops, "decode"),
+        ("one more token", "FLOPs", _decode, "decode"),
         ("the cache", "bytes, 16 bit", accounting.layer_cache_bytes, "cache"),
-    ):
+    )
+    for what, unit, ours, key in costs:
         figure, axis = plots.axes(width=4.2, height=3.2)
         colour = plots.colours(variants)
         for variant in variants:
             config = dataclasses.replace(
                 model, layers=(variant,), num_layers=1, fixed_length=LENGTHS[-1], dtype="bfloat16"
             )
-            values = [ours(config, 1, length)[0] for length in LENGTHS]
-            numbers = [float(getattr(value, "needed", value)) for value in values]
+            numbers = [ours(config, 1, length)[0] for length in LENGTHS]
             axis.plot(LENGTHS, numbers, "o-", color=colour[variant], markersize=3, linewidth=1.2, label=variant)
             if variant in PAPER_COSTS and not without_formulas(model):
                 formula = getattr(PAPER_COSTS[variant], key)
@@ -216,5 +218,9 @@ def _costs(family: Family) -> Picture:
     return Picture("costs", "Costs of a layer by length", caption, panels)
 
 
-def _prefill(config: Any, batch: int, length: int) -> list[float]:
+def _decode(config: ModelConfig, batch: int, length: int) -> list[float]:
+    return [flops.needed for flops in accounting.layer_decode_flops(config, batch, length)]
+
+
+def _prefill(config: ModelConfig, batch: int, length: int) -> list[float]:
     return [flops.needed / length for flops in accounting.layer_forward_flops(config, batch, length)]

@@ -116,15 +116,12 @@ def _skip(number: int, family: Family) -> Finding:
 
 
 def _length(number: int, family: Family) -> Finding:
-    measures = [
-        m for m in family.perplexities() if len(family.having(m)) == len(family.having(family.perplexities()[0]))
-    ]
+    having = {measure: family.having(measure) for measure in family.perplexities()}
+    measures = [m for m, cells in having.items() if len(cells) == max(map(len, having.values()))]
     parts = []
     if len(measures) > 1:
         short, long = measures[0], measures[-1]
-        for cell in family.having(long):
-            if cell not in family.having(short):
-                continue
+        for cell in (cell for cell in having[long] if cell in having[short]):
             found = change(*family.scores([cell, cell], [long, short]))
             interval = _interval(found)
             flat = cell == ("mlp", "uniform")
@@ -141,8 +138,10 @@ def _length(number: int, family: Family) -> Finding:
 
 def _one_layer(number: int, family: Family) -> Finding:
     last, quarter = ("non_approximate", "last"), ("non_approximate", "quarter")
+    layers = [family.groups[cell].config.model.layers for cell in (last, quarter) if cell in family.groups]
     parts = [
-        *_apart(family, last, quarter, lambda i: _above(i, 0.0)),
+        # Of four layers, a quarter is the last.
+        *(_apart(family, last, quarter, lambda i: _above(i, 0.0)) if len(set(layers)) == 2 else []),
         *_apart(family, quarter, BASELINE, lambda i: _below(i, math.log(1.1))),
     ]
     return _finding(
@@ -154,7 +153,7 @@ def _one_layer(number: int, family: Family) -> Finding:
         ),
         "Standard in the last layer alone: perplexity above 400; in a quarter of the layers it is close to standard.",
         "last is behind quarter, and quarter is within 10 % of standard",
-        "non_approximate in the layouts last and quarter, and standard",
+        "non_approximate in the layouts last and quarter, of more than four layers, and standard",
     )
 
 
@@ -195,7 +194,8 @@ def _apart(family: Family, cell: Cell, base: Cell, holds: Callable[[Interval], b
     main = family.main()
     if main is None or not {cell, base} <= set(family.having(main)):
         return []
-    found = difference(*family.scores([cell, base], [main, main]), family.floor(main))
+    ours, standing = family.scores([cell, base], [main, main])
+    found = difference(ours, standing, family.floor(main))
     return [Part(holds(_interval(found)), f"{_name(cell)} to {_name(base)}: {_ratio(found)}", (cell, base))]
 
 

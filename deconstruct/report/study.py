@@ -99,7 +99,8 @@ class Study(NamedTuple):
 
 def read_study(folder: str) -> Study:
     """Raises UserError where no run was evaluated, or runs of one family differ in what they should not."""
-    runs, without = [], []
+    runs: list[Run] = []
+    without: list[Run] = []
     for run in read_runs([folder]):
         records = read_jsonl(run.run_dir.evaluations)
         (runs if records else without).append(run)

@@ -51,7 +51,7 @@ def _accuracies(number: int, family: Family | None) -> Table:
     rows, own = [], False
     for variant, layout, skip in dict.fromkeys([*paper, *_own_rows(family)]):
         cells = [_name((variant, layout)) + (", skipped" if skip else "")]
-        accuracies = []
+        accuracies: list[list[float]] = []
         for column in [*TASKS, "average", *list(COLUMNS)[len(TASKS) :]]:
             printed = paper.get((variant, layout, skip), {}).get(column)
             values: list[float] = []

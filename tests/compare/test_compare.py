@@ -11,7 +11,10 @@ from tests.need import need
 
 need("statsmodels", extra="compare")
 need("matplotlib", extra="compare")
-from tests.compare.made_runs import made_run  # noqa: E402
+from deconstruct.evaluate.evaluation import EVALUATIONS, Evaluation, Item  # noqa: E402
+from deconstruct.evaluate.items import write_items  # noqa: E402
+from deconstruct.run.workdir import Workdir  # noqa: E402
+from tests.compare.made_runs import add_records, made_run  # noqa: E402
 
 HARD = np.random.default_rng(0).normal(5.0, 0.5, 40)
 
@@ -52,7 +55,9 @@ def cells(text, label, nth):
 
 
 def test_what_it_says(runs, tmp_path, capsys):
-    text = compared(capsys, runs, f"--output={tmp_path / 'out'}")
+    bench = {"contexts": [256, 1024], "variants": {"standard": {"milliseconds": [1.0, 2.0]}}}
+    (tmp_path / "bench").write_text(json.dumps(bench) + "\n")
+    text = compared(capsys, runs, f"--output={tmp_path / 'out'}", f"--bench={tmp_path / 'bench'}")
     assert text.startswith("9 runs in 3 groups, which differ in variant; at step 4, matched by steps")
     assert cells(text, "mlp", 0)[1] == "3" and "±" in cells(text, "mlp", 0)[2]
     assert "verdict" in text and cells(text, "standard", 1)[-1] == "baseline"
@@ -63,13 +68,33 @@ def test_what_it_says(runs, tmp_path, capsys):
 
     out = tmp_path / "out"
     names = {"comparison.md", "comparison.csv", "loss.png", "perplexity_by_context.png", "differences.png"}
-    assert {file.name for file in out.iterdir()} == {*names, "principle_by_layout.png"}
+    assert {file.name for file in out.iterdir()} == {
+        *names, "principle_by_layout.png", "time_by_length.png"
+    }  # fmt: skip
     assert text.split("\n\n")[1] in (out / "comparison.md").read_text()
     lines = list(csv.DictReader((out / "comparison.csv").open()))
     assert len(lines) == 2 * 3 and {line["items"] for line in lines} == {"40"}
     at_12 = {line["variant"]: line for line in lines if line["setting"] == "context=12"}
     assert at_12["mlp"]["verdict"] == "worse" and float(at_12["mlp"]["difference"]) == pytest.approx(0.2, abs=0.03)
     assert float(at_12["mlp"]["seeds_low"]) < float(at_12["mlp"]["items_low"])  # wider: it knows of the seeds
+
+
+class Quiz(Evaluation):
+    last = "acc"
+
+
+def test_right_and_wrong_answers(tmp_path, capsys, monkeypatch):
+    """Of 20 questions the two answer eight otherwise, one of them rightly where the baseline does not: McNemar."""
+    monkeypatch.setitem(EVALUATIONS, "quiz", f"{__name__}:Quiz")
+    for variant, right in (("standard", [True] * 19 + [False]), ("mlp", [False] * 7 + [True] * 13)):
+        run = made_run(tmp_path / variant, losses=losses(0), variant=variant)
+        write_items(Workdir(run), 4, "quiz", {"skip": ""}, [Item(i, a, [-1.0, -2.0]) for i, a in enumerate(right)])
+        add_records(run, [{"task": "quiz", "metric": "acc", "value": float(np.mean(right)), "skip": ""}])
+    text = compared(capsys, tmp_path)
+    assert "quiz, less standard (points of a hundred):" in text
+    row = cells(text, "mlp", 2)
+    assert row[2] == "-30.00" and row[5] == "0.070" and row[6] in ("no difference", "these runs worse")
+    assert cells(text, "mlp", 0)[-1] == "65.00" and cells(text, "standard", 0)[-1] == "95.00"
 
 
 def test_one_seed_each_says_what_it_cannot_know(runs, capsys):
