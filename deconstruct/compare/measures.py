@@ -11,7 +11,7 @@ import numpy as np
 from deconstruct.compare.differences import Scores
 from deconstruct.compare.groups import Group, Run
 from deconstruct.evaluate.evaluation import qualifiers_of
-from deconstruct.evaluate.items import read_items
+from deconstruct.evaluate.ledger import read_items
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.types import UserError
 
@@ -29,7 +29,7 @@ class Measure(NamedTuple):
 
     @property
     def name(self) -> str:
-        said = [f"{key} {value}" for key, value in self.setting]
+        said = [f"{key} {value}" for key, value in self.setting if key != "data"]  # a hash of the questions
         return ", ".join([self.task, *said])
 
     @property
@@ -55,23 +55,24 @@ class Measured(NamedTuple):
 
 def read_measures(run: Run, step: int) -> dict[Measure, Measured]:
     """All of a run at a step that is a loss or an accuracy."""
-    found: dict[Measure, Measured] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
+    found: dict[Measure, float] = {}
+    files: dict[tuple[Any, ...], str] = {}  # of a task in a setting; any of its records may name it
     for record in read_jsonl(run.run_dir.evaluations):
         usual = qualifiers_of(record["task"])
-        if record["step"] != step or usual is None or record["metric"] not in (LOSS, *ACCURACIES):
+        if record["step"] != step or usual is None:
             continue
-        task = record["task"]
-        if task not in rows:
-            rows[task] = read_items(run.run_dir, step, task)
         setting = {key: record.get(key, plain) for key, plain in usual.items()}
-        items = [row for row in rows[task] if all(row.get(k, usual[k]) == v for k, v in setting.items())]
         if setting.get("windows") == "non-overlapping":
             setting["stride"] = None  # is the context
         said = tuple((key, value) for key, value in setting.items() if value != usual[key])
-        measure = Measure(task, record["metric"], said)
-        found[measure] = Measured(float(record["value"]), *_arrays(items, measure))
-    return found
+        if "items_file" in record:
+            files[record["task"], said] = record["items_file"]
+        if record["metric"] in (LOSS, *ACCURACIES):
+            found[Measure(record["task"], record["metric"], said)] = float(record["value"])
+    return {
+        measure: Measured(value, *_items(run, measure, files.get((measure.task, measure.setting))))
+        for measure, value in found.items()
+    }
 
 
 def scores_of(groups: Iterable[Group], found: dict[str, dict[Measure, Measured]], measure: Measure) -> list[Scores]:
@@ -91,21 +92,27 @@ def scores_of(groups: Iterable[Group], found: dict[str, dict[Measure, Measured]]
     return [Scores(np.array([one.values for one in group]), first.weights) for group in runs]
 
 
-def _arrays(rows: list[dict[str, Any]], measure: Measure) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
+def _items(run: Run, measure: Measure, file: str | None) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
+    """Which items they are, their sums and weights; nothing where none were kept of this metric."""
+    path = run.run_dir.folder / file if file else None
+    rows = read_items(path) if path is not None and path.exists() else []
+    key = "logliks" if measure.metric == LOSS else measure.metric
+    if not all(key in row for row in rows):
+        rows = []
     if measure.metric == LOSS:
-        values = [-sum(row["loglikelihoods"]) for row in rows]
+        sums = [(-sum(row["logliks"]), float(row.get("tokens", 1))) for row in rows]
     else:
-        values = [float(row["correct"]) for row in rows]
-    documents = [int(row["doc_id"]) for row in rows]
-    weights = [float(row.get("tokens", 1)) if measure.metric == LOSS else 1.0 for row in rows]
-    distinct, which = np.unique(documents, return_inverse=True)
-    if len(distinct) < len(rows) and len(distinct) >= FEWEST_DOCUMENTS:  # pieces of a document go together
-        summed = [np.bincount(which, of, len(distinct)) for of in (values, weights)]
-        return [(int(document), 0) for document in distinct], summed[0], summed[1]
+        sums = [(float(row[measure.metric]), 1.0) for row in rows]
+    identities = [int(row["id"]) for row in rows]
+    values, weights = np.array(sums, np.float64).reshape(-1, 2).T
+    distinct, which = np.unique(identities, return_inverse=True)
+    if FEWEST_DOCUMENTS <= len(distinct) < len(rows):  # pieces of a document go together
+        values, weights = (np.bincount(which, of, len(distinct)) for of in (values, weights))
+        return [(int(document), 0) for document in distinct], values, weights
     seen: dict[int, int] = {}
     items = []
-    for document in documents:
-        items.append((document, seen.get(document, 0)))
-        seen[document] = seen.get(document, 0) + 1
+    for identity in identities:
+        items.append((identity, seen.get(identity, 0)))
+        seen[identity] = seen.get(identity, 0) + 1
     order = sorted(range(len(items)), key=items.__getitem__)
-    return [items[i] for i in order], np.array(values)[order], np.array(weights)[order]
+    return [items[i] for i in order], values[order], weights[order]

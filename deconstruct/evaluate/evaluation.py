@@ -39,21 +39,13 @@ class Subject:
 
 class Measurement(NamedTuple):
     """A number. `extras` go into its record as well: facts (tokens), and what qualifies this number within the setting
-    (a layer), under names that are among the evaluation's `qualifiers`."""
+    (a layer), under names that are among the evaluation's `qualifiers`. `items`: what each item (a question, a
+    document) gave, as JSON objects; they are kept in a file beside the ledger, and the record names it."""
 
     metric: str
     value: float
     extras: Mapping[str, Any] = {}
-
-
-class Item(NamedTuple):
-    """One document or question of those that a number is made of, kept for paired tests (`items.py`). `facts` (tokens)
-    go into its row as well."""
-
-    doc_id: int
-    correct: bool | None
-    loglikelihoods: Sequence[float]
-    facts: Mapping[str, Any] = {}
+    items: Sequence[Mapping[str, Any]] = ()
 
 
 class Evaluation:
@@ -83,9 +75,8 @@ class Evaluation:
         """What is measured on each checkpoint: the qualifiers of each measurement, in order."""
         return [{}]
 
-    def measure(self, model: LanguageModel, setting: Setting) -> Iterable[Measurement | Item]:
-        """The numbers, and the items they are made of if these are to be kept. Called inside `jax.set_mesh` of the
-        subject's mesh, on which the model's parameters are."""
+    def measure(self, model: LanguageModel, setting: Setting) -> Iterable[Measurement]:
+        """Called inside `jax.set_mesh` of the subject's mesh, on which the model's parameters are."""
         raise NotImplementedError
 
     def line(self, records: list[Record]) -> str:

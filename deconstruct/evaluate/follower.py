@@ -17,16 +17,7 @@ import jax
 from deconstruct.config import MeshConfig
 from deconstruct.distributed.mesh import make_mesh, parse_mesh
 from deconstruct.evaluate.curves import Curves
-from deconstruct.evaluate.evaluation import (
-    Item,
-    Measurement,
-    Subject,
-    add_options,
-    make_evaluation,
-    own_options,
-    parse_tasks,
-)
-from deconstruct.evaluate.items import write_items
+from deconstruct.evaluate.evaluation import Subject, add_options, make_evaluation, own_options, parse_tasks
 from deconstruct.evaluate.ledger import Ledger
 from deconstruct.model.placement import mesh_for
 from deconstruct.run import checkpoint, extensions
@@ -146,10 +137,7 @@ class Evaluator:
         for evaluation, setting in missing:
             with jax.set_mesh(self.mesh):
                 found = list(evaluation.measure(model, setting))
-            if items := [one for one in found if isinstance(one, Item)]:
-                write_items(self.run_dir, step, evaluation.name, {**setting, "skip": self.skip}, items)
-            numbers = [one for one in found if isinstance(one, Measurement)]
-            records = self.ledger.add(step, evaluation, setting, numbers)
+            records = self.ledger.add(step, evaluation, setting, found)
             self.curves.add(evaluation, records)
             print(f"step {step}  {evaluation.line(records)}", flush=True)
 

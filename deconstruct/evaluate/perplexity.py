@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deconstruct.evaluate import texts
-from deconstruct.evaluate.evaluation import Evaluation, Item, Measurement, Record, Setting, Subject
+from deconstruct.evaluate.evaluation import Evaluation, Measurement, Record, Setting, Subject
 from deconstruct.evaluate.window_losses import WindowLosses
 from deconstruct.model.language_model import LanguageModel
 from deconstruct.types import UserError
@@ -61,15 +61,18 @@ class Perplexity(Evaluation):
     def settings(self) -> list[Setting]:
         return self._settings
 
-    def measure(self, model: LanguageModel, setting: Setting) -> Iterator[Measurement | Item]:
+    def measure(self, model: LanguageModel, setting: Setting) -> Iterator[Measurement]:
         result = self._losses(model, self._stream, setting["context"], setting["stride"])
         starts, documents = self._pieces
         sums = np.add.reduceat(result.losses, starts, dtype=np.float64)
         counts = np.diff(starts, append=result.tokens)
-        for document, nll, tokens in zip(documents.tolist(), sums.tolist(), counts.tolist(), strict=True):
-            yield Item(document, None, [round(-nll, 4)], {"tokens": tokens})
-        for metric, value in (("nll", result.nll), ("perplexity", result.perplexity)):
-            yield Measurement(metric, value, {"tokens": result.tokens})
+        items = [
+            {"id": document, "logliks": [round(-nll, 4)], "tokens": tokens}
+            for document, nll, tokens in zip(documents.tolist(), sums.tolist(), counts.tolist(), strict=True)
+        ]
+        facts = {"tokens": result.tokens}
+        yield Measurement("nll", result.nll, facts)
+        yield Measurement("perplexity", result.perplexity, facts, items)
 
     def line(self, records: list[Record]) -> str:
         nll, perplexity = records

@@ -4,7 +4,6 @@ config.json      the resolved configuration
 checkpoints/     one folder per saved step
 metrics.jsonl    one object per logged step; tensorboard/ holds the same
 eval.jsonl       one object per evaluated step, task and setting
-eval_items/      of each step and task, one object per document or question
 sessions.jsonl   when the run was started, saved and ended
 skipped.jsonl    updates that were not made, and what their batches were
 tokenizer/       the tokenizer of the training data
@@ -40,7 +39,6 @@ class Workdir:
         self.config_file = self.folder / "config.json"
         self.metrics = self.folder / "metrics.jsonl"
         self.evaluations = self.folder / "eval.jsonl"
-        self.items = self.folder / "eval_items"
         self.sessions = self.folder / "sessions.jsonl"
         self.skipped = self.folder / "skipped.jsonl"
         self.tokenizer = self.folder / "tokenizer"

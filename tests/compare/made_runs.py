@@ -1,11 +1,10 @@
 """Workdirs as `compare` reads them, of losses that are drawn and not trained: what is tested is the statistics."""
 
+import gzip
 import json
 
 import numpy as np
 
-from deconstruct.evaluate.evaluation import Item
-from deconstruct.evaluate.items import write_items
 from deconstruct.run.workdir import Workdir
 from tests.tiny import tiny_config
 
@@ -23,16 +22,21 @@ def made_run(folder, *, losses, context=8, step=4, skip="", logged=(), keep_item
         run_dir.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     setting = {"context": context, "stride": context, **PLAIN, "skip": skip}
     losses = np.broadcast_to(losses, TOKENS.shape)
-    if keep_items:
-        items = [
-            Item(number, None, [-float(loss * tokens)], {"tokens": int(tokens)})
-            for number, (loss, tokens) in enumerate(zip(losses, TOKENS, strict=True))
-        ]
-        write_items(run_dir, step, "perplexity", setting, items)
     nll = float((losses * TOKENS).sum() / TOKENS.sum())
     values = {"nll": nll, "perplexity": float(np.exp(nll))}
-    add_records(folder, [{"task": "perplexity", "metric": m, "value": v, **setting} for m, v in values.items()], step)
+    records = [{"task": "perplexity", "metric": metric, "value": value, **setting} for metric, value in values.items()]
+    if keep_items:
+        rows = zip(losses.tolist(), TOKENS.tolist(), strict=True)
+        items = [{"id": i, "logliks": [-loss * tokens], "tokens": tokens} for i, (loss, tokens) in enumerate(rows)]
+        keep(folder, records[-1], items, f"{step}.perplexity.context_{context}.skip_{skip}")
+    add_records(folder, records, step)
     return folder
+
+
+def keep(folder, record, items, name):
+    (folder / "eval_items").mkdir(exist_ok=True)
+    record["items_file"] = f"eval_items/{name}.jsonl.gz"
+    (folder / record["items_file"]).write_bytes(gzip.compress("".join(json.dumps(i) + "\n" for i in items).encode()))
 
 
 def add_records(folder, records, step=4):

@@ -11,10 +11,8 @@ from tests.need import need
 
 need("statsmodels", extra="compare")
 need("matplotlib", extra="compare")
-from deconstruct.evaluate.evaluation import EVALUATIONS, Evaluation, Item  # noqa: E402
-from deconstruct.evaluate.items import write_items  # noqa: E402
-from deconstruct.run.workdir import Workdir  # noqa: E402
-from tests.compare.made_runs import add_records, made_run  # noqa: E402
+from deconstruct.evaluate.evaluation import EVALUATIONS, Evaluation  # noqa: E402
+from tests.compare.made_runs import add_records, keep, made_run  # noqa: E402
 
 HARD = np.random.default_rng(0).normal(5.0, 0.5, 40)
 
@@ -80,7 +78,7 @@ def test_what_it_says(runs, tmp_path, capsys):
 
 
 class Quiz(Evaluation):
-    last = "acc"
+    last = "acc_norm"
 
 
 def test_right_and_wrong_answers(tmp_path, capsys, monkeypatch):
@@ -88,8 +86,10 @@ def test_right_and_wrong_answers(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(EVALUATIONS, "quiz", f"{__name__}:Quiz")
     for variant, right in (("standard", [True] * 19 + [False]), ("mlp", [False] * 7 + [True] * 13)):
         run = made_run(tmp_path / variant, losses=losses(0), variant=variant)
-        write_items(Workdir(run), 4, "quiz", {"skip": ""}, [Item(i, a, [-1.0, -2.0]) for i, a in enumerate(right)])
-        add_records(run, [{"task": "quiz", "metric": "acc", "value": float(np.mean(right)), "skip": ""}])
+        record = {"task": "quiz", "metric": "acc", "value": float(np.mean(right)), "skip": ""}
+        items = [{"id": i, "logliks": [-1.0, -2.0], "acc": float(a)} for i, a in enumerate(right)]
+        keep(run, last := {**record, "metric": "acc_norm"}, items, "4.quiz")  # any record of the task may name them
+        add_records(run, [record, last])
     text = compared(capsys, tmp_path)
     assert "quiz, less standard (points of a hundred):" in text
     row = cells(text, "mlp", 2)
@@ -187,7 +187,6 @@ def test_mistakes(runs, tmp_path, capsys):
     (fresh / "config.json").write_text((twin / "config.json").read_text())
     assert refused(fresh) == f"{fresh}: not evaluated yet; `deconstruct evaluate` does so"
     # Other texts, and what was not measured alike.
-    (twin / "eval_items" / "4.perplexity.jsonl.gz").unlink()
     other = made_run(tmp_path / "other", losses=losses(0), context=16)
     assert refused(twin, other).startswith("nothing was measured of all runs alike; `deconstruct evaluate --workdir=")
 
@@ -195,7 +194,7 @@ def test_mistakes(runs, tmp_path, capsys):
 def test_another_text_is_not_paired(runs, tmp_path, capsys):
     import gzip
 
-    path = runs / "mlp-0" / "eval_items" / "4.perplexity.jsonl.gz"
+    path = runs / "mlp-0" / "eval_items" / "4.perplexity.context_12.skip_.jsonl.gz"
     rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
     rows[3]["tokens"] += 1
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
