@@ -7,9 +7,9 @@ Run s of group g has the value y_gs = sum_d x_gsd / sum_d w_d over items d: docu
                                         seeds:  s^2 (1/m + 1/k), as in scipy.stats.ttest_ind, s pooled over the groups
                                         rest:   seed x item, which is in both
 
-and its degrees of freedom are Satterthwaite's (1946). A bootstrap over two or three seeds would be far too narrow. A
-group of one seed has no spread of its own: then s is that of all groups together, the noise floor; where there is none,
-nothing is said of other seeds.
+Of m + k - 2 degrees of freedom for seeds and items - 1 for items, the interval is Howe's (1974): the squares of the two
+half-widths add up. A bootstrap over two or three seeds would be far too narrow. A group of one seed has no spread of
+its own: then s is that of all groups together, the noise floor; where there is none, nothing is said of other seeds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from statsmodels.stats.power import TTestIndPower
 
 CONFIDENCE, POWER, RESAMPLES = 0.95, 0.8, 2000
 SAME = 1e-9  # of the unit in which values are: what is nearer is rounding
+LEAST_P = 1e-12
 MOST_SEEDS = 1000  # more are not counted
 
 
@@ -122,15 +123,18 @@ def _with_seeds(
     value: float, over_items: Interval | None, error: float, own: Noise, share: float, count: int
 ) -> Difference:
     """`error`: over `count` items. `share`: of the variance of a run that is in the value: 1/m + 1/k."""
-    items = max(error**2 - own.rest**2 * share, 0.0)
-    seeds = own.deviation**2 * share
-    variance = items + seeds
-    if variance == 0:
+    items, seeds = max(error**2 - own.rest**2 * share, 0.0), own.deviation**2 * share
+    if items + seeds == 0:
         return Difference(value, over_items, Interval(value, value), 1.0 if value == 0 else 0.0, None)
-    freedom = variance**2 / (seeds**2 / own.freedom + items**2 / max(count - 1, 1))
-    spread = stats.t(freedom, loc=value, scale=math.sqrt(variance))
-    p = 2 * float(stats.t.sf(abs(value) / math.sqrt(variance), freedom))
-    return Difference(value, over_items, Interval(*spread.interval(CONFIDENCE)), p, _seeds(value, own, items))
+
+    def half(p: float) -> float:
+        """Of the interval at confidence 1 - p."""
+        t_seeds, t_items = stats.t.isf(p / 2, [own.freedom, max(count - 1, 1)])
+        return math.hypot(t_seeds * math.sqrt(seeds), t_items * math.sqrt(items))
+
+    width = half(1 - CONFIDENCE)
+    p = LEAST_P if half(LEAST_P) < abs(value) else optimize.brentq(lambda p: half(p) - abs(value), LEAST_P, 1.0)
+    return Difference(value, over_items, Interval(value - width, value + width), float(p), _seeds(value, own, items))
 
 
 def smallest_seen(own: Noise, seeds: int) -> float:

@@ -9,6 +9,7 @@ from tests.tiny import quick
 need("statsmodels", extra="compare")
 from scipy import stats  # noqa: E402
 
+from deconstruct.compare import differences  # noqa: E402
 from deconstruct.compare.differences import (  # noqa: E402
     MOST_SEEDS,
     Noise,
@@ -87,9 +88,10 @@ SITUATIONS = {
 
 
 @pytest.mark.parametrize("situation", quick(list(SITUATIONS), ["two seeds"]))
-def test_size_and_power(situation):
+def test_size_and_power(situation, monkeypatch):
     """Of 200 drawings of one configuration about 95 % are 'no difference': 0.95 - 3 sqrt(0.95 x 0.05 / 200) = 0.904.
     A planted difference of six deviations of their means is found in nearly all, as a t-test on as few seeds does."""
+    monkeypatch.setattr(differences, "RESAMPLES", 300)  # enough for a standard error, which is all that is used of it
     effects, m, k = SITUATIONS[situation]
     rng = np.random.default_rng(2)
     right = found = 0
