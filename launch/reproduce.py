@@ -26,6 +26,7 @@ import sweep
 
 from deconstruct.costs import accounting
 from deconstruct.duration import clock
+from deconstruct.evaluate.evaluation import EVALUATIONS
 from deconstruct.experiment import load_config
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.workdir import Workdir
@@ -33,6 +34,7 @@ from deconstruct.types import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = "mlp,approximate,non_approximate,rnd_emb_qk,fixed_seq_qk,static_emb_qk"
+TASKS = [task for task in ("perplexity", "indicators") if task in EVALUATIONS]
 LAYOUTS = "odd,top,middle,bottom,quarter,first,last,bilateral"  # and even, which every variant has
 
 
@@ -161,12 +163,17 @@ def _train_flops(run: sweep.Run, vocabulary: int) -> float:
 
 
 def _evaluations(run: sweep.Run, size: Size) -> list[list[str]]:
-    """Perplexity at every context; of even hybrids also without the layers that are not standard."""
-    words = ["evaluate", f"--workdir={run.workdir}"]
-    found = [[*words, f"--contexts={size.contexts}"]]
-    if "layout=even" in run.name:
-        found.append([*words, f"--contexts={size.contexts.rpartition(',')[2]}", "--skip"])
-    return found
+    """Calls of `evaluate` that its ledger lacks: all tasks, perplexity at every context; of even hybrids perplexity
+    also without the layers that are not standard."""
+    contexts, ledger = size.contexts.split(","), read_jsonl(Workdir(run.workdir).evaluations)
+    there = {(record["task"], str(record.get("context", "")), record.get("skip", "")) for record in ledger}
+    wanted = {(task, context, "") for task in TASKS for context in (contexts if task == "perplexity" else [""])}
+    words, calls = ["evaluate", f"--workdir={run.workdir}"], []
+    if not wanted <= there:
+        calls.append([*words, f"--tasks={','.join(TASKS)}", f"--contexts={size.contexts}"])
+    if "layout=even" in run.name and ("perplexity", contexts[-1], "block") not in there:
+        calls.append([*words, f"--contexts={contexts[-1]}", "--skip"])
+    return calls
 
 
 def _deconstruct(*words: str) -> int:

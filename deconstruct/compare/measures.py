@@ -107,8 +107,8 @@ def _items(run: Run, measure: Measure, file: str | None) -> tuple[list[tuple[int
     values, weights = np.array(sums, np.float64).reshape(-1, 2).T
     distinct, which = np.unique(identities, return_inverse=True)
     if FEWEST_DOCUMENTS <= len(distinct) < len(rows):  # pieces of a document go together
-        values, weights = (np.bincount(which, of, len(distinct)) for of in (values, weights))
-        return [(int(document), 0) for document in distinct], values, weights
+        summed = [np.bincount(which, of, len(distinct)).astype(np.float64) for of in (values, weights)]
+        return [(int(document), 0) for document in distinct], summed[0], summed[1]
     seen: dict[int, int] = {}
     items = []
     for identity in identities:

@@ -24,7 +24,7 @@ FLAT = 0.01  # nats
 
 class Finding(NamedTuple):
     """`claim`: the paper's. `criterion`: when it counts as shown. `evidence`: lines. `runs`: what it rests on.
-    `needs`: which cells would have to be there."""
+    `needs`: what would have to be there. `missing`: how many comparisons there are no runs for."""
 
     number: int
     title: str
@@ -34,10 +34,13 @@ class Finding(NamedTuple):
     evidence: list[str]
     runs: list[str]
     needs: str = ""
+    missing: int = 0
 
     @property
     def said(self) -> str:
-        return f"not shown: no runs ({self.needs})" if self.verdict == NO_RUNS else self.verdict
+        if self.verdict == NO_RUNS:
+            return f"not shown: no runs ({self.needs})"
+        return f"{self.verdict}, without runs for {self.missing} comparisons" if self.missing else self.verdict
 
 
 class Part(NamedTuple):
@@ -59,13 +62,14 @@ def _without_mixing(number: int, family: Family) -> Finding:
     main = family.main()
     if parts and main is not None:
         chance = family.config.model.vocab_size
-        worst = max(math.exp(family.found[name][main].value) for name in family.names(cell))
+        worst = max(main.shown(family.found[name][main].value) for name in family.names(cell))
         parts.append(Part(worst < chance / 2, f"perplexity {worst:,.1f}, chance {chance:,}", (cell,)))
     return _finding(
         *(number, family, parts, "Without mixing, a model is close to useless, and yet better than chance"),
         "Uniform mlp: accuracy near chance, perplexity 993 where standard attention has 38, far below that of chance.",
         "its perplexity is more than twice standard's, and less than half of chance",
         "uniform mlp and standard",
+        2,
     )
 
 
@@ -81,6 +85,7 @@ def _order(number: int, family: Family) -> Finding:
         "non_approximate (diverges).",
         "every neighbour in this order is apart, in this direction",
         "two or more uniform variants",
+        len(pairs),
     )
 
 
@@ -94,6 +99,7 @@ def _hybrids(number: int, family: Family) -> Finding:
         "Even hybrids: 38.5 to 39.4 where standard has 38.1; mlp 45.8.",
         f"each is within {math.expm1(CLOSE):.1%} of standard's perplexity (1.5 points of 38.1), and mlp is not",
         "even hybrids and standard",
+        len(HYBRIDS) + 1,
     )
 
 
@@ -112,6 +118,7 @@ def _skip(number: int, family: Family) -> Finding:
         "Even hybrids whose replaced blocks are skipped: perplexity 20,000 to 2,000,000.",
         "its perplexity is more than ten times the whole model's",
         "even hybrids, evaluated with --skip as well",
+        len(HYBRIDS) + 1,
     )
 
 
@@ -154,6 +161,7 @@ def _one_layer(number: int, family: Family) -> Finding:
         "Standard in the last layer alone: perplexity above 400; in a quarter of the layers it is close to standard.",
         "last is behind quarter, and quarter is within 10 % of standard",
         "non_approximate in the layouts last and quarter, of more than four layers, and standard",
+        2,
     )
 
 
@@ -176,6 +184,7 @@ def _outliers(number: int, family: Family) -> Finding:
         "Above 1,000 in the last layers of the uniform model, below 10 in the hybrid.",
         "the largest logit of any layer is above 1,000, and below 10",
         "non_approximate, uniform and even, evaluated with --tasks=indicators",
+        2,
     )
 
 
@@ -200,8 +209,9 @@ def _apart(family: Family, cell: Cell, base: Cell, holds: Callable[[Interval], b
 
 
 def _finding(
-    number: int, family: Family, parts: list[Part], title: str, claim: str, criterion: str, needs: str
+    number: int, family: Family, parts: list[Part], title: str, claim: str, criterion: str, needs: str, of: int = 0
 ) -> Finding:
+    """`of`: how many comparisons the claim is made of, where that is known."""
     cells = tuple(dict.fromkeys(cell for part in parts for cell in part.cells))
     judged = [part.holds for part in parts]
     if not parts:
@@ -214,7 +224,8 @@ def _finding(
         verdict = OTHERWISE if False in judged else NOT_SHOWN
     words = {True: "yes", False: "no", None: "open"}
     evidence = [f"{words[part.holds]}: {part.line}" for part in parts]
-    return Finding(number, title, claim, criterion, verdict, evidence, family.names(*cells), needs)
+    missing = max(of - len(parts), 0)
+    return Finding(number, title, claim, criterion, verdict, evidence, family.names(*cells), needs, missing)
 
 
 def _interval(found: Difference) -> Interval:
@@ -245,7 +256,7 @@ def _ratio(found: Difference) -> str:
 
 def _times(nats: float) -> str:
     ratio = math.exp(min(nats, 700.0))
-    return f"x {ratio:.3f}" if ratio < 10 else f"x {ratio:,.4g}"
+    return f"x{ratio:.3f}" if ratio < 10 else f"x{ratio:,.4g}"
 
 
 def _name(cell: Cell) -> str:
