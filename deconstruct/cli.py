@@ -20,8 +20,9 @@ VERBS = {
     "train": ("deconstruct.train.loop", "train, or resume, a model from a config file"),
     "status": ("deconstruct.run.status", "show how far runs are, whether they live, and where their time went"),
     "evaluate": ("deconstruct.evaluate.follower", "measure a run's checkpoints: perplexity and other tasks"),
-    "report": ("deconstruct.evaluate.report", "say in a few lines what a run has learned"),
+    "report": ("deconstruct.report.command", "say what a run has learned, or make a page of a folder of runs"),
     "table": ("deconstruct.evaluate.table", "show runs side by side: perplexity by context, and what differs"),
+    "compare": ("deconstruct.compare.command", "compare configurations over seeds: differences with intervals"),
     "describe": ("deconstruct.costs.describe", "show a config's layers, parameters, FLOPs and cache, without training"),
     "compile": (
         "deconstruct.compile.command",

@@ -26,7 +26,8 @@ FLOORS = [
     {"experiment"},
     {"run", "costs"},
     {"train", "evaluate", "interop", "generation", "draw"},
-    {"bench", "compile"},
+    {"bench", "compile", "compare"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]

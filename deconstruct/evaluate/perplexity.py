@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import numpy as np
+
 from deconstruct.evaluate import texts
 from deconstruct.evaluate.evaluation import Evaluation, Measurement, Record, Setting, Subject
 from deconstruct.evaluate.window_losses import WindowLosses
@@ -49,6 +51,7 @@ class Perplexity(Evaluation):
         strides = [_stride(context, options.windows, options.stride) for context in contexts]
         self._stream, text = texts.read_text(subject, options)
         constant = {"text": text, "windows": options.windows, "max_tokens": options.max_tokens}
+        self._pieces = texts.pieces(self._stream, texts.end_of_text(subject, options))
         self._settings = [
             {"context": context, "stride": stride, **constant}
             for context, stride in zip(contexts, strides, strict=True)
@@ -60,8 +63,16 @@ class Perplexity(Evaluation):
 
     def measure(self, model: LanguageModel, setting: Setting) -> Iterator[Measurement]:
         result = self._losses(model, self._stream, setting["context"], setting["stride"])
-        for metric, value in (("nll", result.nll), ("perplexity", result.perplexity)):
-            yield Measurement(metric, value, {"tokens": result.tokens})
+        starts, documents = self._pieces
+        sums = np.add.reduceat(result.losses, starts, dtype=np.float64)
+        counts = np.diff(starts, append=result.tokens)
+        items = [
+            {"id": document, "logliks": [round(-nll, 4)], "tokens": tokens}
+            for document, nll, tokens in zip(documents.tolist(), sums.tolist(), counts.tolist(), strict=True)
+        ]
+        facts = {"tokens": result.tokens}
+        yield Measurement("nll", result.nll, facts)
+        yield Measurement("perplexity", result.perplexity, facts, items)
 
     def line(self, records: list[Record]) -> str:
         nll, perplexity = records

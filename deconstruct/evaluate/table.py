@@ -8,29 +8,16 @@ cannot: the text is another.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from deconstruct.config import Config, known_keys
+from deconstruct.evaluate.paper import perplexity_by_context
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.workdir import find_workdirs, named
 from deconstruct.types import UserError
 
-PAPER = {
-    ("standard", "uniform"): 38.1,
-    ("mlp", "uniform"): 993.5,
-    ("approximate", "uniform"): 47.9,
-    ("non_approximate", "uniform"): 9025.9,
-    ("rnd_emb_qk", "uniform"): 84.8,
-    ("fixed_seq_qk", "uniform"): 79.1,
-    ("static_emb_qk", "uniform"): 79.9,
-    ("mlp", "even"): 45.8,
-    ("approximate", "even"): 39.4,
-    ("non_approximate", "even"): 39.4,
-    ("rnd_emb_qk", "even"): 39.3,
-    ("fixed_seq_qk", "even"): 38.5,
-    ("static_emb_qk", "even"): 38.7,
-}
+PAPER = {row: by_context[2048] for row, by_context in perplexity_by_context().items()}
 # The model and the training that these numbers are of: configs/paper.py at size=500m, heads=mha.
 PAPER_RUN = {
     "model.block": "qwen2",
@@ -103,7 +90,8 @@ def as_markdown(runs: list[Run]) -> str:
     """Best first, by the longest context. A column for each key of the configuration that is not the same in all."""
     contexts = sorted({context for run in runs for context in run.perplexity})
     texts: dict[str, list[str]] = {"run": [run.name for run in runs], "seed": [str(run.config.seed) for run in runs]}
-    texts |= {key: [_text(value_of(run.config, key)) for run in runs] for key in differing_keys(runs)}
+    keys = differing_keys([run.config for run in runs])
+    texts |= {key: [_text(value_of(run.config, key)) for run in runs] for key in keys}
     if len({run.step for run in runs}) > 1:
         texts["step"] = [str(run.step) for run in runs]
     numbers = {f"context {c}": [_number(run.perplexity.get(c), ".2f") for run in runs] for c in contexts}
@@ -115,9 +103,9 @@ def as_markdown(runs: list[Run]) -> str:
     return "\n".join([*lines, *(_row([column[i] for column in columns]) for i in order)])
 
 
-def differing_keys(runs: list[Run]) -> list[str]:
-    """The keys that are not the same in all runs, in the order of config.py; the seed has its column anyway."""
-    return [key for key in known_keys() if key != "seed" and len({value_of(r.config, key) for r in runs}) > 1]
+def differing_keys(configs: Sequence[Config]) -> list[str]:
+    """The keys that are not the same in all, in the order of config.py; the seed has its column anyway."""
+    return [key for key in known_keys() if key != "seed" and len({value_of(c, key) for c in configs}) > 1]
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -29,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "use only the first N tokens (default: all)",
     },
 }
+# Tokens of a document that are kept as one item: where there are few documents, their pieces are what is drawn from.
+PIECE = 1024
 # And of its records, with what goes without saying.
 QUALIFIERS = {"text": "validation", "max_tokens": 0}
 
@@ -50,6 +52,24 @@ def read_text(subject: Subject, options: argparse.Namespace) -> tuple[np.ndarray
     return (stream[: options.max_tokens + 1] if options.max_tokens else stream), name
 
 
+def end_of_text(subject: Subject, options: argparse.Namespace) -> int:
+    """The id that ends a document in what `read_text` gives."""
+    if options.text:
+        return tokenizer_of(subject).end_of_text
+    return load_manifest(options.data or subject.config.data).tokenizer["end_of_text"]
+
+
+def pieces(stream: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, documents), int [pieces]: where each piece of at most PIECE tokens of one document begins among the
+    tokens to predict, which are all but the first of the stream, and which document it is of. An end of text is
+    predicted by the document that it ends."""
+    documents = np.cumsum(stream[:-1] == end_of_text)
+    begins = np.flatnonzero(np.diff(documents, prepend=-1))
+    within = np.arange(len(documents)) - np.repeat(begins, np.diff(begins, append=len(documents)))
+    starts = np.flatnonzero(within % PIECE == 0)
+    return starts, documents[starts]
+
+
 def _file(subject: Subject, file: str) -> tuple[np.ndarray, str]:
     path = place(file)
     if not path.exists():
@@ -57,13 +77,13 @@ def _file(subject: Subject, file: str) -> tuple[np.ndarray, str]:
     with reaching(path):
         content = path.read_bytes()
     try:
-        tokens = _tokenizer(subject).encode(content.decode("utf-8"))
+        tokens = tokenizer_of(subject).encode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"--text={path}: not UTF-8 at byte {error.start}") from error
     return np.array(tokens, np.int32), f"{path.name}:{hashlib.sha256(content).hexdigest()[:12]}"
 
 
-def _tokenizer(subject: Subject) -> Tokenizer:
+def tokenizer_of(subject: Subject) -> Tokenizer:
     """The one that the run is trained with, as its latest checkpoint says; before there is one, its data."""
     latest = checkpoint.latest_step(subject.run_dir.checkpoints)
     if latest is None:
@@ -71,7 +91,7 @@ def _tokenizer(subject: Subject) -> Tokenizer:
     try:
         return subject.run_dir.load_tokenizer(latest)
     except CheckpointGoneError:  # a later one has taken its place
-        return _tokenizer(subject)
+        return tokenizer_of(subject)
 
 
 def _validation(subject: Subject, data: str | None) -> tuple[np.ndarray, str]:

@@ -28,10 +28,18 @@ from deconstruct.types import UserError
 
 
 class Result(NamedTuple):
-    """nats per token, over `tokens` of them."""
+    """`losses`: nats, float32 [tokens], of each token that is scored, in the order of the text."""
 
-    nll: float
-    tokens: int
+    losses: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return len(self.losses)
+
+    @property
+    def nll(self) -> float:
+        """nats a token"""
+        return float(np.mean(self.losses, dtype=np.float64))
 
     @property
     def perplexity(self) -> float:
@@ -76,22 +84,20 @@ class WindowLosses:
         batch_size = self._batch_size(context)
         graphdef, params, frozen = split_model(model)
         program = self._program(graphdef)
-        total, tokens = 0.0, 0
+        scored = []
         for rows, weights in _batches(windows(stream, context, stride), batch_size):
             sharding = NamedSharding(self._mesh, batch_spec())
-            losses = program(params, frozen, jax.device_put(rows, sharding), jax.device_put(weights, sharding))
-            total += float(np.sum(np.asarray(losses, np.float64)))
-            tokens += int(weights.sum())
-        return Result(total / tokens, tokens)
+            losses = program(params, frozen, jax.device_put(rows, sharding))
+            scored.append(np.asarray(losses)[weights > 0])
+        return Result(np.concatenate(scored))
 
     def trace(self, config: ModelConfig, context: int) -> jax.stages.Traced:
         """The program for one batch, from shapes alone: the devices of the mesh need not be here."""
         graphdef, params, frozen = abstract_arrays(config, self._mesh)
         sharding, batch_size = NamedSharding(self._mesh, batch_spec()), self._batch_size(context)
         rows = jax.ShapeDtypeStruct((batch_size, context + 1), jnp.int32, sharding=sharding)
-        weights = jax.ShapeDtypeStruct((batch_size, context), jnp.float32, sharding=sharding)
         with jax.set_mesh(self._mesh):
-            return self._program(graphdef).trace(params, frozen, rows, weights)
+            return self._program(graphdef).trace(params, frozen, rows)
 
     def _batch_size(self, context: int) -> int:
         shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
@@ -100,9 +106,8 @@ class WindowLosses:
     def _program(self, graphdef: Any) -> Any:
         if graphdef not in self._programs:
 
-            def losses(params: Any, frozen: Any, rows: jax.Array, weights: jax.Array) -> jax.Array:
-                model = nnx.merge(graphdef, params, frozen)
-                return jnp.sum(weights * model.token_losses(rows[:, :-1], rows[:, 1:]), axis=1)
+            def losses(params: Any, frozen: Any, rows: jax.Array) -> jax.Array:
+                return nnx.merge(graphdef, params, frozen).token_losses(rows[:, :-1], rows[:, 1:])
 
             self._programs[graphdef] = jax.jit(losses)
         return self._programs[graphdef]

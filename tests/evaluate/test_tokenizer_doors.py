@@ -10,8 +10,8 @@ import pytest
 from deconstruct.cli import main
 from deconstruct.data import tokenizer
 from deconstruct.data.manifest import load_manifest
-from deconstruct.evaluate.report import report
 from deconstruct.interop.export_checkpoint import export_checkpoint
+from deconstruct.report.one_run import report
 from deconstruct.run.workdir import Workdir
 from deconstruct.train.loop import train
 from deconstruct.types import UserError

@@ -112,12 +112,13 @@ def test_a_text_without_a_token_to_score(model):
 
 
 def test_a_hopeless_loss_has_a_perplexity():
-    assert Result(math.log(7.0), 3).perplexity == pytest.approx(7.0, rel=1e-12)  # float64
-    assert math.isfinite(Result(1e4, 3).perplexity)
+    assert Result(np.full(3, math.log(7.0))).perplexity == pytest.approx(7.0, rel=1e-12)  # float64
+    assert math.isfinite(Result(np.full(3, 1e4)).perplexity)
 
 
 def test_a_context_beyond_the_text_is_the_whole_text(model):
     """And takes no more memory: a window of 2**40 tokens would not fit anywhere."""
     losses, stream = WindowLosses(single_device_mesh()), np.arange(1, 12, dtype=np.int32)
-    whole = losses(model, stream, 10, 10)
-    assert losses(model, stream, 2**40, 2**40) == losses(model, stream, 2**40, 7) == whole
+    whole = losses(model, stream, 10, 10).losses.tolist()
+    for stride in (2**40, 7):
+        assert losses(model, stream, 2**40, stride).losses.tolist() == whole

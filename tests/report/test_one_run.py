@@ -5,13 +5,21 @@ import json
 import pytest
 
 from deconstruct.data.manifest import load_manifest
-from deconstruct.evaluate.report import report
-from deconstruct.run.jsonl import read_jsonl
+from deconstruct.report.one_run import report
 from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
+from tests.evaluate.conftest import prepare_text
+from tests.tiny import tiny_config
 
 
-def test_the_report(run, prepared):
+def test_the_report(tmp_path):
+    prepared, run = prepare_text(tmp_path, 0), tmp_path / "run"
+    run.mkdir()
+    Workdir(run).write_config(
+        tiny_config({"vocab_size": 0}, variant="non_approximate", layout="even", data=str(prepared))
+    )
+    logged = [{"step": step, "loss": 6.0 - step / 7} for step in (1, 3, 6)]
+    Workdir(run).metrics.write_text("".join(json.dumps(record) + "\n" for record in logged))
     with pytest.raises(UserError, match=r"nothing to report yet; run `deconstruct train` and `deconstruct evaluate`"):
         report(str(run))
     records = [
@@ -26,8 +34,7 @@ def test_the_report(run, prepared):
     Workdir(run).evaluations.write_text("".join(json.dumps(record) + "\n" for record in records))
     lines = report(str(run)).splitlines()
     assert lines[0].endswith("2 layers, non_approximate in 1 of them (even)")
-    losses = [record["loss"] for record in read_jsonl(Workdir(run).metrics)]
-    assert f"{losses[0]:.3f} at step 1, {losses[-1]:.3f} at step 6 (chance: 5.704)" in lines[1]  # log 300
+    assert "5.857 at step 1, 5.143 at step 6 (chance: 5.704)" in lines[1]  # log 300
     assert f"{load_manifest(prepared).unigram_perplexity:.1f}" in lines[2]
     assert [line.split(" (")[0].strip() for line in lines[3:]] == [
         "validation perplexity 25.2 at context 16", "validation perplexity 20.1 at context 32",

@@ -1,8 +1,7 @@
-"""`deconstruct report DIR`: what a run has learned, in a few lines."""
+"""What a run has learned, in a few lines."""
 
 from __future__ import annotations
 
-import argparse
 import math
 
 from deconstruct.data.manifest import load_manifest
@@ -10,15 +9,6 @@ from deconstruct.layout import replaced_layers
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workdir", metavar="DIR", help="the folder of a run that was trained and evaluated")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    print(report(arguments.workdir))
-    return 0
 
 
 def report(workdir: str) -> str:
