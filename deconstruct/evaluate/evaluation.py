@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -39,11 +39,13 @@ class Subject:
 
 class Measurement(NamedTuple):
     """A number. `extras` go into its record as well: facts (tokens), and what qualifies this number within the setting
-    (a layer), under names that are among the evaluation's `qualifiers`."""
+    (a layer), under names that are among the evaluation's `qualifiers`. `items`: what each item (a question, a
+    document) gave, as JSON objects; they are kept in a file beside the ledger, and the record names it."""
 
     metric: str
     value: float
     extras: Mapping[str, Any] = {}
+    items: Sequence[Mapping[str, Any]] = ()
 
 
 class Evaluation:

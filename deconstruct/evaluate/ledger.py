@@ -4,16 +4,25 @@
 
 Several evaluators may add to it. A crash may tear its last line, or end a setting before its last metric: then the
 setting is measured again, and what stands there already is not added twice.
+
+What each item of a task gave stands beside it, in eval_items/STEP.TASK.QUALIFIERS.jsonl.gz: paired tests need it.
 """
 
 from __future__ import annotations
 
+import gzip
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from deconstruct.evaluate.evaluation import Evaluation, Measurement, Record, Setting
+from deconstruct.paths import write_whole
 from deconstruct.run.jsonl import append_jsonl, drop_torn_line, read_jsonl
+
+ITEMS = "eval_items"
 
 
 class Ledger:
@@ -36,9 +45,11 @@ class Ledger:
         drop_torn_line(self.path)
         there = {_identity(record, evaluation) for record in self.records(evaluation)}
         records = []
-        for metric, value, extras in found:
+        for metric, value, extras, items in found:
             head = {"step": step, "task": evaluation.name, "metric": metric, "value": value}
             record = {**head, **extras, "skip": self._skip, **setting}
+            if items:
+                record["items_file"] = self._keep(evaluation, record, items)
             if _identity(record, evaluation) not in there:
                 append_jsonl(self.path, record)
             records.append(record)
@@ -47,6 +58,17 @@ class Ledger:
     def records(self, evaluation: Evaluation) -> list[Record]:
         """All there is of an evaluation, at every step."""
         return [record for record in read_jsonl(self.path) if record["task"] == evaluation.name]
+
+    def _keep(self, evaluation: Evaluation, record: Record, items: Sequence[Mapping[str, Any]]) -> str:
+        """Writes what each item gave, a line an item; returns the file's name in the workdir."""
+        curve = evaluation.curve(record).replace(f"/{record['metric']}", "", 1).replace("/", ".")
+        curve = re.sub(r"[^-.\w]", "_", curve)
+        name = f"{ITEMS}/{record['step']}.{curve}.jsonl.gz"
+        path = self.path.parent / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        write_whole(path, gzip.compress(lines.encode(), mtime=0))
+        return name
 
     def _is_of(self, record: Record, step: int, setting: Setting) -> bool:
         wanted = {"step": step, "skip": self._skip, **setting}

@@ -1,6 +1,7 @@
 """An evaluation that the package does not know: it is measured, kept and drawn as perplexity is, by its name alone."""
 
 import contextlib
+import gzip
 import io
 import json
 import struct
@@ -45,7 +46,8 @@ class LogitNorm(Evaluation):
         assert any(not x.sharding.is_fully_replicated for x in arrays) == (self.subject.mesh.shape["fsdp"] > 1)
         norms = jnp.linalg.norm(model(jnp.asarray(TOKENS)), axis=-1, ord=setting["norm_order"]).mean(0)
         for position, norm in enumerate(norms[: setting["positions"]]):
-            yield Measurement("norm", float(norm), {"position": position, "rows": len(TOKENS)})
+            items = [{"id": n, "first": row.tolist()[0]} for n, row in enumerate(TOKENS)] if position == 1 else ()
+            yield Measurement("norm", float(norm), {"position": position, "rows": len(TOKENS)}, items)
         yield Measurement("mean_norm", float(norms[: setting["positions"]].mean()), {"rows": len(TOKENS)})
 
 
@@ -117,6 +119,11 @@ def test_followed_over_all_steps_beside_perplexity(run):
     assert Workdir(run).evaluations.read_text().startswith(before)
     assert ledger(run)[-1]["value"] == pytest.approx(by_hand(run, 6, 4)[:, :3].mean(), rel=1e-5)
     evaluate(run, "--tasks=logit_norm", "--skip")
+    files = [record.get("items_file") for record in ledger(run) if record["task"] == "logit_norm"]
+    assert files[1] == "eval_items/2.logit_norm.position_1.jsonl.gz" and files[0] is files[2] is None
+    assert "eval_items/6.logit_norm.position_1.skip_block.jsonl.gz" in files
+    kept = gzip.decompress((run / files[1]).read_bytes()).decode().splitlines()
+    assert [json.loads(line) for line in kept] == [{"id": n, "first": 6 * n} for n in range(8)]
     last = ledger(run)[-1]
     assert last["skip"] == "block" and last["value"] != pytest.approx(by_hand(run, 6)[:, :3].mean(), rel=1e-3)
 
