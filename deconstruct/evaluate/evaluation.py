@@ -22,7 +22,10 @@ from deconstruct.types import UserError
 
 # Task -> where its class is, "module:class". Several tasks may share one. They are imported when `evaluate` is called,
 # to know their options; what is heavy or optional should be imported when it is used.
-EVALUATIONS = {"perplexity": "deconstruct.evaluate.perplexity:Perplexity"}
+EVALUATIONS = {
+    "perplexity": "deconstruct.evaluate.perplexity:Perplexity",
+    "indicators": "deconstruct.evaluate.indicators:Indicators",
+}
 
 Setting = dict[str, Any]
 Record = dict[str, Any]

@@ -30,6 +30,9 @@ class SelfGate(Form):
     def weights(self, q: jax.Array, k: jax.Array, mask: Mask) -> jax.Array:
         return reference.self_gate_weights(q, k, mask)
 
+    def scores(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        return reference.gate_scores(q, k)[:, :, None, :]
+
     def kernels(self) -> dict[str, Kernel]:
         return {"xla": Kernel(_mix, _extend, _init_cache)}
 
