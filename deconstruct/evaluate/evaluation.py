@@ -25,6 +25,7 @@ from deconstruct.types import UserError
 EVALUATIONS = {
     "perplexity": "deconstruct.evaluate.perplexity:Perplexity",
     "indicators": "deconstruct.evaluate.indicators:Indicators",
+    "recall": "deconstruct.evaluate.recall:RecallAccuracy",
 }
 
 Setting = dict[str, Any]
