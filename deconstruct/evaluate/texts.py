@@ -57,13 +57,13 @@ def _file(subject: Subject, file: str) -> tuple[np.ndarray, str]:
     with reaching(path):
         content = path.read_bytes()
     try:
-        tokens = _tokenizer(subject).encode(content.decode("utf-8"))
+        tokens = tokenizer_of(subject).encode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"--text={path}: not UTF-8 at byte {error.start}") from error
     return np.array(tokens, np.int32), f"{path.name}:{hashlib.sha256(content).hexdigest()[:12]}"
 
 
-def _tokenizer(subject: Subject) -> Tokenizer:
+def tokenizer_of(subject: Subject) -> Tokenizer:
     """The one that the run is trained with, as its latest checkpoint says; before there is one, its data."""
     latest = checkpoint.latest_step(subject.run_dir.checkpoints)
     if latest is None:
@@ -71,7 +71,7 @@ def _tokenizer(subject: Subject) -> Tokenizer:
     try:
         return subject.run_dir.load_tokenizer(latest)
     except CheckpointGoneError:  # a later one has taken its place
-        return _tokenizer(subject)
+        return tokenizer_of(subject)
 
 
 def _validation(subject: Subject, data: str | None) -> tuple[np.ndarray, str]:
