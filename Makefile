@@ -53,7 +53,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 $(PEERS): $(INSTALLED)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers,dask,gcs,s3,emulators]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[peers,eval,dask,gcs,s3,emulators]'
 	touch $@
 
 # Compilers for devices that are not here, over the packages of .venv: with them, JAX looks for those devices first.

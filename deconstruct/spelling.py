@@ -19,20 +19,21 @@ def split_list(text: str, separator: str = ",") -> list[str]:
     return [entry for entry in (entry.strip() for entry in [*entries, text[begin:]]) if entry]
 
 
-def parse_call(text: str) -> tuple[str, dict[str, str]]:
-    """`name(option=value, ...)` -> (name, options as text). Raises UserError where it is spelled otherwise."""
+def parse_call(text: str, what: str = "variant") -> tuple[str, dict[str, str]]:
+    """`name(option=value, ...)` -> (name, options as text). Raises UserError, which says `what` it is, where it is
+    spelled otherwise."""
     name, parenthesis, rest = text.strip().partition("(")
     if not parenthesis:
         return name, {}
     if not rest.endswith(")") or rest.count("(") + 1 != rest.count(")"):
-        raise UserError(f"variant {text!r}: a parenthesis is not closed; expected {name}(option=value, ...)")
+        raise UserError(f"{what} {text!r}: a parenthesis is not closed; expected {name}(option=value, ...)")
     options: dict[str, str] = {}
     for entry in split_list(rest[:-1]):
         key, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not key.isidentifier() or not value:
-            raise UserError(f"variant {text!r}: {entry!r} is not an option; expected option=value")
+            raise UserError(f"{what} {text!r}: {entry!r} is not an option; expected option=value")
         if key in options:
-            raise UserError(f"variant {text!r}: the option {key} is given twice")
+            raise UserError(f"{what} {text!r}: the option {key} is given twice")
         options[key] = value
     return name.strip(), options
 

@@ -107,6 +107,10 @@ class Attention(Mixer):
         q, k, read = self._inputs(streams, static, context).h
         return self.form.weights(q, k, context.mask, **read)
 
+    def scores(self, streams: Streams, static: Streams, context: Context) -> jax.Array:
+        q, k, read = self._inputs(streams, static, context).h
+        return self.form.scores(q, k, **read)
+
     def constants(self, x: jax.Array, context: Context) -> Any:
         """Queries, keys and what the form reads of a fixed source, at every position: they do not depend on what is
         decoded."""

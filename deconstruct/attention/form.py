@@ -160,6 +160,11 @@ class Form(nnx.Module):
         """
         raise NotImplementedError
 
+    def scores(self, q: jax.Array, k: jax.Array, **read: jax.Array) -> jax.Array:
+        """What is normalised into weights, raw and unmasked, for those who study its size: float32 [Bq, heads, L, L],
+        or [Bq, heads, 1, L] where a key has one score for all queries. Default: q_i . k_j / sqrt(dh)."""
+        return reference.logits(q, k)
+
     def finish(self, mixed: jax.Array) -> jax.Array:
         """What is done to weights @ v, [B, L, heads, head_dim], before W_O; position by position. Default: nothing."""
         return mixed

@@ -56,6 +56,11 @@ class Mixer(nnx.Module):
         """The attention map of h, float32 [B or 1, heads, L, L]; None where nothing is mixed."""
         return None
 
+    def scores(self, streams: Streams, static: Streams, context: Context) -> jax.Array | None:
+        """What the map of h is formed from, raw and unmasked: float32 [B or 1, heads, L or 1, L]; None where there is
+        no such thing."""
+        return None
+
     # Decoding. The defaults keep the mixer's inputs and run it over all of them again, which is right for whatever
     # is causal.
 

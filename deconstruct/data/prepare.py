@@ -2,6 +2,7 @@
 
     deconstruct prepare --output=prepared                                   Python's own sources, no download
     deconstruct prepare --input=novels/ --output=prepared --vocab-size=8192
+    deconstruct prepare --input="recall:mqar(pairs=8)" --output=prepared --row-length=64     to be recalled from
 
 What comes out depends on the text and the options alone, not on the number of workers. Killed and run again, it goes
 on from the units it has finished, which stay under OUTPUT/.partial until the manifest is written.
@@ -19,6 +20,7 @@ from typing import Any
 
 from etils import epath
 
+from deconstruct.data import recall
 from deconstruct.data import tokenizer as tokenizers
 from deconstruct.data.crew import PROCESSES, Crew, check_engine, open_crew
 from deconstruct.data.encode import (
@@ -101,7 +103,7 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     output = Output(options.output)
     with reaching(options.output):
         output.check()
-    given = tokenizers.load(options.tokenizer) if options.tokenizer else None
+    given = _given_tokenizer(options)
     units = work_units(options.input, options.key)
     input_sha256 = identity(units)
     with reaching(options.output), output.alone():
@@ -153,6 +155,16 @@ def _prepare(
         input_sha256=input_sha256,
         one_document=is_one,
     )
+
+
+def _given_tokenizer(options: PrepareOptions) -> tokenizers.Tokenizer | None:
+    """The one that is not to be trained: named, or that of the words that documents made for recall have."""
+    made = [given for given in options.input if given.startswith(recall.PREFIX)]
+    if not made:
+        return tokenizers.load(options.tokenizer) if options.tokenizer else None
+    if len(options.input) > 1 or options.tokenizer:
+        raise UserError(f"--input={made[0]}: has words of its own; give it alone, and no --tokenizer")
+    return tokenizers.JsonTokenizer(recall.tokenizer_json(recall.parse_recall(made[0])))
 
 
 def _tokenizer(
@@ -239,7 +251,7 @@ def _completed(options: PrepareOptions, given: tokenizers.Tokenizer | None, inpu
         raise UserError(f"--input: not the text that was prepared there ({before}, or its files changed); {remedy}")
     if given is not None and given.fingerprint != manifest.tokenizer["sha256"]:
         raise UserError(f"--tokenizer={options.tokenizer}: not the tokenizer used there; {remedy}")
-    if (then["tokenizer"] is None) != (given is None):
+    if (then["tokenizer"] is None) != (options.tokenizer is None):
         raise UserError(f"--tokenizer={options.tokenizer}: was {then['tokenizer']} there; {remedy}")
     for name in now:
         if name not in ("input", "tokenizer") and now[name] != then[name]:
@@ -266,7 +278,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", action="append", default=[], metavar="PATH",
         help="a .txt (one document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder or glob of them, or "
-        "hub:NAME[:CONFIG][:SPLIT]; may be repeated. Without it: the Python standard library's own sources",
+        "hub:NAME[:CONFIG][:SPLIT], may be repeated; or recall:mqar or recall:induction, with (option=value, ...). "
+        "Without it: the Python standard library's own sources",
     )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the prepared data goes")
     parser.add_argument("--key", default=default.key, help="key or column of the text (default: %(default)s)")

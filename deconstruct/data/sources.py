@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, a Hugging Face dataset, or Python's own sources.
+"""Where text comes from: files, folders, a Hugging Face dataset, documents made for recall, or Python's own sources.
 
 An input is resolved into work units, in an order that depends on nothing but the names. A unit is what one worker
 reads from its beginning to its end; it yields documents, and a `BadLine` for whatever could not be read as one.
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deconstruct.data import recall
 from deconstruct.data.listing import HUB, File, files_of, kind_of, standard_library
 from deconstruct.paths import Stat, is_remote, place, reaching
 from deconstruct.types import UserError
@@ -43,7 +44,7 @@ class Unit:
     """What one worker reads at a time. `characters` stops it early (the last document is cut), None reads all.
     `stats`: of the paths, when they were listed."""
 
-    kind: str  # a value of KINDS, or "hub"
+    kind: str  # a value of KINDS, "hub" or "recall"
     paths: tuple[str, ...]
     key: str
     characters: int | None = None
@@ -63,6 +64,8 @@ def work_units(inputs: Iterable[str], key: str = "text") -> list[Unit]:
         if given.startswith(HUB):
             _hub_parts(given)
             units.append(Unit("hub", (given,), key))
+        elif given.startswith(recall.PREFIX):
+            units.append(Unit("recall", (recall.PREFIX + recall.parse_recall(given).spelled(),), key))
         else:
             units += _units_of_files(files_of(given), key)
     return units
@@ -72,7 +75,7 @@ def identity(units: Iterable[Unit]) -> str:
     """sha256 over the name, size and time of every file: says that the input is the one of the last run."""
     digest = hashlib.sha256()
     for unit in units:
-        if unit.kind == "hub":
+        if unit.kind in ("hub", "recall"):
             digest.update(f"{unit.paths[0]}\n".encode())
             continue
         for path, (size, mark) in zip(unit.paths, unit.stats, strict=True):
@@ -147,6 +150,8 @@ def _all_documents(unit: Unit) -> Iterator[str | BadLine]:
                 yield from _parquet(path, unit.key)
             elif unit.kind == "hub":
                 yield from _hub(path, unit.key)
+            elif unit.kind == "recall":
+                yield from recall.documents(recall.parse_recall(path))
             else:
                 yield from _json_lines(path, unit.kind, unit.key)
 

@@ -20,9 +20,16 @@ from deconstruct.model.language_model import LanguageModel
 from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
 
+# The harness's own names.
+HARNESS_TASKS = ("arc_easy", "boolq", "copa", "piqa", "sciq", "rte", "hellaswag", "wikitext", "lambada_openai")
 # Task -> where its class is, "module:class". Several tasks may share one. They are imported when `evaluate` is called,
 # to know their options; what is heavy or optional should be imported when it is used.
-EVALUATIONS = {"perplexity": "deconstruct.evaluate.perplexity:Perplexity"}
+EVALUATIONS = {
+    "perplexity": "deconstruct.evaluate.perplexity:Perplexity",
+    "indicators": "deconstruct.evaluate.indicators:Indicators",
+    "recall": "deconstruct.evaluate.recall:RecallAccuracy",
+    **dict.fromkeys(HARNESS_TASKS, "deconstruct.evaluate.harness:Harness"),
+}
 
 Setting = dict[str, Any]
 Record = dict[str, Any]

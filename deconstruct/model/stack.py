@@ -72,6 +72,10 @@ class Block(nnx.Module):
         """The attention map of this layer; None where nothing is mixed."""
         return None if self.mixer is None else self.mixer.maps(*self._mixer_inputs(streams, context), context)
 
+    def scores(self, streams: Streams, context: Context) -> jax.Array | None:
+        """What the map of this layer is formed from, raw and unmasked; None where there is no such thing."""
+        return None if self.mixer is None else self.mixer.scores(*self._mixer_inputs(streams, context), context)
+
     def _mixer_inputs(self, streams: Streams, context: Context) -> tuple[Streams, Streams]:
         assert self.mixer is not None and self.mixer_norm is not None
         static = context.static.map(self.mixer_norm) if self.mixer.reads_static else Streams(None)

@@ -4,6 +4,7 @@ config.json      the resolved configuration
 checkpoints/     one folder per saved step
 metrics.jsonl    one object per logged step; tensorboard/ holds the same
 eval.jsonl       one object per evaluated step, task and setting
+eval_items/      what each item of a task gave
 sessions.jsonl   when the run was started, saved and ended
 skipped.jsonl    updates that were not made, and what their batches were
 tokenizer/       the tokenizer of the training data

@@ -23,7 +23,7 @@ from deconstruct.attention.accelerators import tpu
 from deconstruct.attention.form import Flops, Form, Kernel, Shape
 from deconstruct.attention.registry import register_form
 from deconstruct.config import ModelConfig
-from deconstruct.kernels import gated_delta, recurrences
+from deconstruct.kernels import gated_delta, recurrences, reference
 from deconstruct.kernels.mask import Mask
 from deconstruct.layers import Linear, RMSNorm, constant_param
 
@@ -58,6 +58,9 @@ class GatedDelta(Form):
 
     def weights(self, q: jax.Array, k: jax.Array, mask: Mask, *, log_decay: jax.Array, beta: jax.Array) -> jax.Array:
         return recurrences.gated_delta_weights(q, k, mask, log_decay=log_decay, beta=beta)
+
+    def scores(self, q: jax.Array, k: jax.Array, **read: jax.Array) -> jax.Array:
+        return reference.logits(recurrences.unit(q), recurrences.unit(k))
 
     def finish(self, mixed: jax.Array) -> jax.Array:
         return self.norm(mixed)

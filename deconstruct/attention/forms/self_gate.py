@@ -31,6 +31,9 @@ class SelfGate(Form):
     def weights(self, q: jax.Array, k: jax.Array, mask: Mask) -> jax.Array:
         return reference.self_gate_weights(q, k, mask)
 
+    def scores(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        return reference.gate_scores(q, k)[:, :, None, :]
+
     def kernels(self) -> dict[str, Kernel]:
         xla = Kernel(_mix, _extend, _init_cache)
         return {
