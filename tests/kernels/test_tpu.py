@@ -99,8 +99,7 @@ def test_one_map_for_more_rows_than_are_mixed_at_once(monkeypatch):
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dh", [64, 128])
+@pytest.mark.parametrize(("dh", "dtype"), [(64, "float32"), (128, "bfloat16")])
 @pytest.mark.parametrize("name", KERNELS)
 def test_head_sizes_and_dtypes(name, dh, dtype):
     check(name, (1, 1, LENGTH, 2, 1, dh, dh), dtype=dtype)
