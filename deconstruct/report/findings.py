@@ -40,7 +40,8 @@ class Finding(NamedTuple):
     def said(self) -> str:
         if self.verdict == NO_RUNS:
             return f"not shown: no runs ({self.needs})"
-        return f"{self.verdict}, without runs for {self.missing} comparisons" if self.missing else self.verdict
+        number = f"{self.missing} comparison{'s' if self.missing > 1 else ''}"
+        return f"{self.verdict}, without runs for {number}" if self.missing else self.verdict
 
 
 class Part(NamedTuple):

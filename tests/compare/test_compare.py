@@ -11,6 +11,8 @@ from tests.need import need
 
 need("statsmodels", extra="compare")
 need("matplotlib", extra="compare")
+from deconstruct.compare.groups import read_runs  # noqa: E402
+from deconstruct.compare.measures import read_measures  # noqa: E402
 from deconstruct.evaluate.evaluation import EVALUATIONS, Evaluation  # noqa: E402
 from tests.compare.made_runs import add_records, keep, made_run  # noqa: E402
 
@@ -200,6 +202,19 @@ def test_another_text_is_not_paired(runs, tmp_path, capsys):
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     assert main(["compare", str(runs)]) == 2
     assert "were not measured on the same text or questions; compare them apart" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("documents", "items"), [(20, 20), (19, 38)])
+def test_pieces_of_a_document_go_together_where_there_are_enough_documents(tmp_path, documents, items):
+    run = made_run(tmp_path / "run", losses=3.0, keep_items=False)
+    pieces = [{"id": i, "logliks": [-float(n)], "tokens": n} for n in (3, 5) for i in range(documents)]
+    record = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
+    keep(run, record, pieces, "4")
+    add_records(run, [record])
+    ((measure, found),) = read_measures(read_runs([str(run)])[0], 4).items()
+    assert measure.setting == (("context", 8),) and len(found.items) == len(set(found.items)) == items
+    assert found.weights.sum() == found.values.sum() == 8 * documents
+    assert found.weights.tolist() == ([8.0] * 20 if documents == 20 else [3.0, 5.0] * 19)
 
 
 def test_without_its_packages_it_says_how_to_get_them(runs, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from deconstruct.cli import VERBS, Parser
 from deconstruct.data.manifest import load_manifest
 from deconstruct.data.pipeline import Windows
 from deconstruct.evaluate import follower
+from deconstruct.evaluate.ledger import read_items
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
@@ -64,6 +65,8 @@ def test_the_latest_step_at_several_contexts_and_never_twice(run, prepared):
     found = values(run)
     assert found[6, 32] < 200  # of 300 pieces: it has learned something of this text
 
+    check_items(run, records, load_manifest(prepared).validation.documents)
+
     before = run_dir.evaluations.read_text()
     assert evaluate(run, "--contexts=16,32") == []
     assert run_dir.evaluations.read_text() == before
@@ -85,6 +88,20 @@ def test_the_latest_step_at_several_contexts_and_never_twice(run, prepared):
     assert (last["stride"], last["max_tokens"], last["tokens"], last["windows"]) == (3, 40, 40, "sliding")
     text.write_text("another text of the same name, and so not the same measurement\n" * 3)
     assert len(evaluate(run, f"--text={text}", "--contexts=16", "--max-tokens=40")) == 1
+
+
+def check_items(run, records, count):
+    """The losses of documents add up to the ledger's, and are of the same documents at every context."""
+    documents = []
+    for nll, last in (records[:2], records[2:]):
+        items = read_items(run / last["items_file"])
+        tokens = [item["tokens"] for item in items]
+        assert sum(tokens) == nll["tokens"] and "items_file" not in nll
+        # Each is rounded to 1e-4 nats.
+        assert -sum(item["logliks"][0] for item in items) / sum(tokens) == pytest.approx(nll["value"], abs=1e-5)
+        documents.append([(item["id"], item["tokens"]) for item in items])
+    assert documents[0] == documents[1]
+    assert abs(len(documents[0]) - count) <= 1  # the rows may end within the last document
 
 
 class Deleting(io.StringIO):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from deconstruct.cli import main
 from deconstruct.data.manifest import load_manifest
 from deconstruct.report.one_run import report
 from deconstruct.run.workdir import Workdir
@@ -12,7 +13,7 @@ from tests.evaluate.conftest import prepare_text
 from tests.tiny import tiny_config
 
 
-def test_the_report(tmp_path):
+def test_the_report(tmp_path, capsys):
     prepared, run = prepare_text(tmp_path, 0), tmp_path / "run"
     run.mkdir()
     Workdir(run).write_config(
@@ -32,7 +33,8 @@ def test_the_report(tmp_path):
     ]  # fmt: skip
     records.append({"step": 8, "task": "another", "metric": "perplexity", "value": 3.0, "skip": ""})
     Workdir(run).evaluations.write_text("".join(json.dumps(record) + "\n" for record in records))
-    lines = report(str(run)).splitlines()
+    assert main(["report", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("2 layers, non_approximate in 1 of them (even)")
     assert "5.857 at step 1, 5.143 at step 6 (chance: 5.704)" in lines[1]  # log 300
     assert f"{load_manifest(prepared).unigram_perplexity:.1f}" in lines[2]
