@@ -24,7 +24,7 @@ from grain.experimental import index_shuffle
 
 from deconstruct.data.manifest import Manifest, Split, check_shards, load_manifest, sha256_of
 from deconstruct.paths import is_remote, stat
-from deconstruct.types import UserError
+from deconstruct.types import RunError, UserError
 
 __all__ = ["Batches", "Manifest", "Windows", "load_manifest", "tokens_at", "train_batches"]
 
@@ -205,7 +205,8 @@ class _Rows:
         return self._ends[-1]
 
     def read(self, rows: list[int]) -> list[np.ndarray]:
-        """The rows, each [row_length + 1], as stored. UserError naming the shard where one cannot be read."""
+        """The rows, each [row_length + 1], as stored. Raises UserError, or RunError of a bucket, naming the shard where
+        one cannot be read."""
         if len(self._paths) == 1:
             return self._read_shard(0, rows)
         places: dict[int, list[int]] = {}
@@ -225,7 +226,10 @@ class _Rows:
         try:
             records = self._reader(shard).read(rows)
         except (RuntimeError, ValueError, OSError, IndexError) as error:
-            raise self._damaged(shard, str(error).splitlines()[0]) from None
+            why = str(error).splitlines()[0]
+            if is_remote(self._paths[shard]):  # the network, more likely: nothing is to be deleted for that
+                raise RunError(f"{self._paths[shard]}: cannot be read ({why}); the same command tries again") from None
+            raise self._damaged(shard, why) from None
         if len(records) != len(rows) or any(len(record) != self._row_bytes for record in records):
             raise self._damaged(shard, f"rows are not of {self._row_bytes} bytes")
         read = [np.frombuffer(record, self._dtype) for record in records]

@@ -22,7 +22,7 @@ from deconstruct.paths import file_system, place
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.restore import restore_model
 from deconstruct.run.workdir import Workdir
-from deconstruct.types import UserError
+from deconstruct.types import RunError, UserError
 from tests.need import need
 
 need("s3fs", extra="s3")
@@ -185,6 +185,18 @@ def test_a_run_in_a_bucket(bucket, prepared_there, prepared, tmp_path):
     tokens = np.arange(48, dtype=np.int32)[None]
     logits = [np.asarray(restore_model(run)(tokens)) for run in (f"{bucket}/run", tmp_path / "run")]
     assert (logits[0] == logits[1]).all()
+
+
+def test_a_shard_that_cannot_be_read(bucket, prepared_there):
+    """A bucket's errors are not told from damage: neither is a reason to delete what lies there."""
+    if bucket.startswith("s3:"):
+        return  # rows are not read from there
+    for name in names(prepared_there):
+        place(f"{bucket}/broken/{name}").write_bytes(place(f"{prepared_there}/{name}").read_bytes())
+    shard = f"{bucket}/broken/{load_manifest(prepared_there).train.shards[0].name}"
+    place(shard).write_bytes(bytes(len(place(shard).read_bytes())))
+    with pytest.raises(RunError, match=rf"^{shard}: cannot be read \(.*\); the same command tries again$"):
+        Windows(f"{bucket}/broken", "train", 48).read([0])
 
 
 # Writes a file of several requests, and reads it from its first document on.
