@@ -22,8 +22,8 @@ from deconstruct.kernels.gpu.pairwise_forward import forward
 from deconstruct.kernels.gpu.pipeline import BLOCK
 from deconstruct.kernels.gpu.weighing import SOFTMAX, TAYLOR, Weighing
 
-# Value channels, of sequences that share a map, that one warpgroup holds sums of: as registers allow.
-FORWARD_WIDTH, QUERY_WIDTH, KEY_WIDTH = 256, 128, 128
+# Value channels, of sequences that share a map, for which a kernel forms it once: as its registers and shared memory allow.
+FORWARD_WIDTH, QUERY_WIDTH, KEY_WIDTH = 256, 256, 128
 
 
 def taylor_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
