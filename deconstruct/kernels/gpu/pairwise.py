@@ -22,7 +22,7 @@ from deconstruct.kernels.gpu.pairwise_forward import forward
 from deconstruct.kernels.gpu.pipeline import BLOCK
 from deconstruct.kernels.gpu.weighing import SOFTMAX, TAYLOR, Weighing
 
-# Value channels, of sequences that share a map, for which a kernel forms it once: as its registers and shared memory allow.
+# Value channels, of sequences that share a map, for which a kernel forms it once: as many as its memory allows.
 FORWARD_WIDTH, QUERY_WIDTH, KEY_WIDTH = 256, 256, 128
 
 
