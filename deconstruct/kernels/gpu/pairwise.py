@@ -16,14 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deconstruct.kernels.gpu import varying
 from deconstruct.kernels.gpu.limits import refuse
 from deconstruct.kernels.gpu.pairwise_backward import Given, key_and_value_gradients, query_gradients
 from deconstruct.kernels.gpu.pairwise_forward import forward
 from deconstruct.kernels.gpu.pipeline import BLOCK
 from deconstruct.kernels.gpu.weighing import SOFTMAX, TAYLOR, Weighing
 
-# Value channels, of sequences that share a map, that one warpgroup holds sums of: as registers allow.
-FORWARD_WIDTH, QUERY_WIDTH, KEY_WIDTH = 256, 128, 128
+# Value channels, of sequences that share a map, for which a kernel forms it once: as many as its memory allows.
+FORWARD_WIDTH, QUERY_WIDTH, KEY_WIDTH = 256, 256, 128
 
 
 def taylor_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -54,7 +55,7 @@ def pairwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, weighing: Weigh
     padding = ((0, 0), (0, -length % BLOCK), (0, 0), (0, 0))
     if length % BLOCK:
         q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
-    return _attend(weighing, q, k, v)[:, :length]
+    return _attend(weighing, *varying.together(q, k, v))[:, :length]
 
 
 def _shared(q: jax.Array, v: jax.Array, width: int) -> int:
@@ -70,7 +71,7 @@ def _attend(weighing: Weighing, q: jax.Array, k: jax.Array, v: jax.Array) -> jax
 
 
 def _forward(weighing: Weighing, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
-    out, kept = forward(q, k, v, weighing, _shared(q, v, FORWARD_WIDTH))
+    out, kept = varying.like(v, *forward(q, k, v, weighing, _shared(q, v, FORWARD_WIDTH)))
     return out, (q, k, v, out, kept)
 
 
@@ -84,8 +85,8 @@ def _backward(weighing: Weighing, saved: tuple[jax.Array, ...], g: jax.Array) ->
         of_groups = means.reshape(-1, shared, *means.shape[1:]).sum(1)
         return Given(q, k, v, g, jnp.stack([jnp.broadcast_to(kept, of_groups.shape), of_groups], axis=2))
 
-    dq = query_gradients(given(QUERY_WIDTH), weighing)
-    dk, dv = key_and_value_gradients(given(KEY_WIDTH), weighing)
+    (dq,) = varying.like(v, query_gradients(given(QUERY_WIDTH), weighing))
+    dk, dv = varying.like(v, *key_and_value_gradients(given(KEY_WIDTH), weighing))
     return _over_groups(dq, q), _over_groups(dk, k), dv
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deconstruct.kernels import reference
+from deconstruct.kernels.gpu import varying
 from deconstruct.kernels.gpu.limits import refuse
 from deconstruct.kernels.gpu.self_gate_kernels import CHUNK, LOG2E, mean_gradients, running_mean
 
@@ -29,7 +30,7 @@ def self_gate_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         # Positions that are added stand after all others, and get a cotangent of zero.
         padding = ((0, 0), (0, -length % CHUNK), (0, 0), (0, 0))
         q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
-    return _mean(reference.gate_scores(q, k), v)[:, :length]
+    return _mean(*varying.together(reference.gate_scores(q, k), v))[:, :length]
 
 
 @jax.custom_vjp
@@ -40,7 +41,7 @@ def _mean(scores: jax.Array, v: jax.Array) -> jax.Array:
 
 def _forward(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     scores = scores * LOG2E
-    out, sums = running_mean(scores, v)
+    out, sums = varying.like(v, *running_mean(scores, v))
     return out, (jnp.stack([scores, sums[: scores.shape[0]]], axis=2), v, out)
 
 
@@ -48,7 +49,7 @@ def _backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, ja
     numbers, v, out = saved
     g = g.astype(v.dtype)
     means = jnp.einsum("blhd,blhd->bhl", g, out, preferred_element_type=jnp.float32)
-    dscores, dv = mean_gradients(numbers, v, g, means)
+    dscores, dv = varying.like(v, *mean_gradients(numbers, v, g, means))
     if numbers.shape[0] < v.shape[0]:
         dscores = dscores.sum(0, keepdims=True)
     if dv.shape != v.shape:  # the query heads that read one kv head

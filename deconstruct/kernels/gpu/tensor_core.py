@@ -18,7 +18,6 @@ import jax.numpy as jnp
 ROWS = 64  # of a product, for one warpgroup
 LANES = 64  # 16-bit numbers in 128 bytes, the widest swizzle: widths are multiples of it
 
-
 # Of every kernel here. `Lane`: layouts in registers are those that are named below. Warpgroup, which infers them and is
 # the default from jax 0.11 on, does not end on one of the kernels (0.12).
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -62,10 +61,9 @@ def load_tile(ref: Any) -> jax.Array:
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:
-    everything: dict[str, Any] = (
-        {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
-    )  # jax 0.10 asks for it
-    return plgpu.load(ref, layout=layout, **everything)
+    # jax 0.10 asks for an index, and later ones know of none.
+    index: dict[str, Any] = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
+    return plgpu.load(ref, layout=layout, **index)
 
 
 def transposed(ref: Any) -> Any:

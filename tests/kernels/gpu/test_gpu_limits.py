@@ -1,4 +1,4 @@
-"""What the GPU kernels refuse, and in which words."""
+"""What the GPU kernels refuse, and in which words; the types of what they give, also within `jax.shard_map`."""
 
 import importlib.metadata
 
@@ -66,3 +66,15 @@ def test_shapes_of_results_and_gradients(attention):
     gradients = jax.grad(lambda *x: attention(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     assert jax.eval_shape(attention, q, k, v).shape == (6, 200, 4, 128)
     assert [x.shape for x in jax.eval_shape(gradients, q, k, v)] == shapes
+
+
+@pytest.mark.parametrize("attention", [pairwise.shared_attention, self_gate.self_gate_attention])
+def test_gradients_of_a_shared_map_within_shard_map(attention):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    none, data = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    mix = jax.shard_map(attention, mesh=mesh, in_specs=(none, none, data), out_specs=data)
+    shapes = [(1, 200, 4, 64), (1, 200, 2, 64), (8, 200, 2, 64)]
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    program = jax.make_jaxpr(jax.grad(lambda *x: mix(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2)))(*arrays)
+    assert [x.shape for x in program.out_avals] == shapes
+    assert "psum" in str(program)  # what each device's sequences give to the one map is summed
