@@ -51,6 +51,7 @@ def test_lengths():
     assert lengths_as_text(found).startswith("tiny, d 16, 1 layers, 16 tokens a step")
 
 
+@pytest.mark.proof
 def test_kernels(tmp_path):
     """Every form has a program that runs here, a share of what the machine gives, and a place in the picture."""
     work = Work(16, 2, 8, "float32", (8,))

@@ -104,7 +104,7 @@ MISTAKES = {
     "missing workdir": (["evaluate", "--workdir=w"], "w: no config.json there; `deconstruct train` makes"),
     "step of all steps": (["evaluate", "--workdir=w", "--follow", "--step=3"], "--follow evaluates every step"),
     "negative poll": (["evaluate", "--workdir=w", "--follow", "--poll=-1"], "--poll=-1.0: must be positive"),
-    "report of nothing": (["report", "w"], "w: no config.json there; `deconstruct train` makes a workdir"),
+    "report of nothing": (["report", "w"], "w: there is no such folder"),
     "status of nothing": (["status", "w"], "w: there is no such folder"),
     "negative watch": (["status", "w", "--watch=-1"], "--watch=-1.0: must be positive"),
     "too many layers": (

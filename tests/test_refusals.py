@@ -76,7 +76,7 @@ def test_a_document_mask_where_it_cannot_be_kept(name):
         (
             {"impl": "cudnn"},
             {"variant": "approximate"},
-            r"form 'taylor' has no such program; it has auto, pallas_tpu, xla, reference",
+            r"form 'taylor' has no such program; it has auto, pallas_gpu, pallas_tpu, xla, reference",
         ),
         (
             {},

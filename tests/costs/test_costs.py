@@ -99,7 +99,7 @@ def test_totals_are_those_of_the_model(name):
     assert decoded == pytest.approx(accounting.decode_flops(config, BATCH, LENGTH).needed, rel=0.02)
 
 
-@pytest.mark.parametrize("name", quick(MIXER_NAMES, ["hidden/taylor", "hidden/window", "fixed_random/softmax"]))
+@pytest.mark.parametrize("name", quick(MIXER_NAMES, ["fixed_random/softmax"]))
 def test_cache_bytes_are_those_of_a_cache(name):
     config = tiny_config({"num_kv_heads": 2, "scan": False}, variant=name, layout="even").model
     _, cache, _ = Decoder(build_model(config), 3, 12).prefill(jnp.zeros((3, 2), jnp.int32))

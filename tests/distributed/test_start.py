@@ -240,6 +240,7 @@ def test_the_odd_one_of_many_is_named():
 # Real processes, started by the program itself.
 
 
+@pytest.mark.proof
 def test_another_learning_rate_is_named_by_both(folder, data, tmp_path):
     results = Pair(folder, tmp_path / "run", data[0]).run((), ("--config.learning_rate=0.25",))
     for status, line in results:

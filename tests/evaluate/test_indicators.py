@@ -72,14 +72,8 @@ def read_off(block, streams, context):
     return streams.h, block.maps(streams, context), q, k
 
 
-@pytest.mark.parametrize(
-    ("layers", "devices"),
-    [
-        (SOME, 1),
-        pytest.param(EVERY, 1, marks=pytest.mark.proof),
-        pytest.param(EVERY, 8, marks=pytest.mark.proof),
-    ],
-)
+@pytest.mark.proof
+@pytest.mark.parametrize(("layers", "devices"), [(SOME, 1), (EVERY, 1), (EVERY, 8)])
 def test_indicators_against_the_maps_in_float64(layers, devices):
     size = {"num_layers": len(layers), "num_kv_heads": 2, "init_std": 0.3}
     model = build_model(tiny_config(size, layout=",".join(layers)).model, seed=1)

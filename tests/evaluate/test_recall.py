@@ -53,6 +53,7 @@ def by_hand(model, recall, count):
     return len(losses), np.mean(losses), np.mean(right_at_first), np.mean(right)
 
 
+@pytest.mark.proof
 def test_accuracy_is_that_of_the_answers(recalling, run, capsys):
     printed = evaluate(recalling, "--documents=20")
     model = restore_model(recalling)

@@ -95,6 +95,7 @@ def by_hand(workdir, step, order=2):
     return (np.abs(logits) ** order).sum(-1) ** (1 / order)
 
 
+@pytest.mark.proof
 def test_followed_over_all_steps_beside_perplexity(run):
     printed = evaluate(run, "--follow", "--tasks=logit_norm,perplexity", "--positions=3,2", "--max-tokens=64")
     assert [line.split()[:3] for line in printed] == [
@@ -139,6 +140,7 @@ def test_a_setting_that_was_cut_short_is_completed_without_repeating_itself(run)
         assert path.read_text() == whole
 
 
+@pytest.mark.proof
 def test_parameters_split_over_devices_give_the_same_numbers(run):
     words = ("--tasks=perplexity,logit_norm", "--max-tokens=320", "--contexts=8,32")
     evaluate(run, *words)

@@ -9,10 +9,18 @@ from deconstruct.attention.registry import FORMS
 from deconstruct.model.decode import Decoder
 from deconstruct.model.language_model import build_model
 from deconstruct.types import UserError
-from tests.tiny import PAPER_NAMES, PARTS_QUICKLY, quick, tiny_config
+from tests.tiny import MIXER_NAMES, PAPER_NAMES, quick, tiny_config
 
 LENGTH = 24
 PAPER_FORMS = ("softmax", "taylor", "self_gate", "taylor_diagonal")  # the last divides by sums that may vanish
+QUICK = [
+    "hidden/softmax",
+    "hidden/taylor",
+    "hidden/gated_delta",
+    "fixed_random/softmax",
+    "static_embedding/softmax",
+    "mlp",
+]
 
 
 def decode(model, tokens, chunks, cache_length=LENGTH):
@@ -27,7 +35,7 @@ def decode(model, tokens, chunks, cache_length=LENGTH):
     return jnp.stack(seen)
 
 
-@pytest.mark.parametrize("name", PARTS_QUICKLY)
+@pytest.mark.parametrize("name", quick(MIXER_NAMES, QUICK))
 def test_prefill_and_steps_are_the_full_forward_pass(name):
     check_decoding(name, "uniform", {"num_layers": 1})
 
