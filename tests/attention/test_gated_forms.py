@@ -37,6 +37,7 @@ def test_without_decay_it_is_linear_attention(name):
         np.testing.assert_allclose(form.mix(q, same, v, **open_gates), reading * v, atol=1e-4)  # 1e-6 in the norms
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", NAMES)
 def test_its_parameters_are_taken_from_the_mlp(name):
     config = tiny_config({"num_layers": 1, "hidden_size": 64, "intermediate_size": 200}, variant=name)

@@ -156,6 +156,7 @@ def test_a_shared_map_is_formed_once(path):
         assert not (dims[-3:-1] in (["32", "32"], ["32", "64"]) and "5" in dims[:-3]), dims
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("path", "dtype"),
     [

@@ -91,6 +91,7 @@ def test_float64_stays_float64_under_a_mask(path):
     oracle.assert_all_near(got, _wanted(form, None), 1e-10)  # as in test_fast_paths
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("path", ["softmax", "taylor_chunked", "self_gate"])
 def test_bfloat16_under_a_mask(path):
     form, mix = PATHS[path]

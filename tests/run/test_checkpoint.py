@@ -301,6 +301,7 @@ with checkpoint.Checkpoints(folder, every=1, keep=100) as writer:
 """
 
 
+@pytest.mark.proof
 def test_a_killed_writer_leaves_earlier_checkpoints_and_its_successor_goes_on(tmp_path):
     delays = random.Random(0)
     for attempt in range(3):

@@ -40,7 +40,7 @@ class Cluster:
         self.processes = []
         self.log = workdir.with_suffix(".log")
         for i in range(processes):
-            words = train_words(loop.config, loop.data, workdir)
+            words = train_words(loop.config, loop.data, workdir, steps=loop.steps)
             if processes > 1:
                 words += [f"--coordinator=localhost:{port}", f"--num-processes={processes}", f"--process-id={i}"]
                 words += [f"--start-timeout={loop.patience // 2}"]
@@ -68,14 +68,23 @@ class Cluster:
 
 class Loop:
     """`clusters`: the share of starts that are of two processes. `patience`: seconds, more on a machine that is busy
-    with other things."""
+    with other things. `steps` of each run."""
 
-    def __init__(self, folder: Path, data: Path, seed: int, clusters: float = 0.15, patience: int = PATIENCE):
+    def __init__(
+        self,
+        folder: Path,
+        data: Path,
+        seed: int,
+        clusters: float = 0.15,
+        patience: int = PATIENCE,
+        steps: int = STEPS,
+    ):
         self.folder, self.data, self.draw, self.clusters = folder, data, random.Random(seed), clusters
-        self.patience = patience
+        self.patience, self.steps = patience, steps
         folder.mkdir(parents=True, exist_ok=True)
         self.environment = {
-            **{key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},
+            **os.environ,
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling takes most of a short run
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),  # or most of the time would go into compiling
@@ -102,7 +111,7 @@ class Loop:
         while sum(self.kills.values()) < kills:
             workdir = self.folder / f"run-{self.runs}"
             self._until_it_ends(workdir, kills)
-            compare(workdir, whole)
+            compare(workdir, whole, self.steps)
             self.runs += 1
             print(self, flush=True)
 
@@ -143,7 +152,7 @@ class Loop:
                 except subprocess.TimeoutExpired:
                     raise AssertionError(f"{name}: the other goes on after {self.patience} s: {cluster.log}") from None
                 # It may have been at its end already.
-                assert status != 0 or json_step(workdir) == STEPS, f"{name}: the other ended with 0"
+                assert status != 0 or json_step(workdir) == self.steps, f"{name}: the other ended with 0"
             return
         if not cluster.wait(self.patience):
             raise AssertionError(f"{name}: not ended after {self.patience} s: {cluster.log}")
@@ -196,7 +205,7 @@ def json_step(workdir: Path) -> int:
     return max(finished(workdir), default=0)
 
 
-def compare(workdir: Path, whole: Path) -> None:
+def compare(workdir: Path, whole: Path, last: int = STEPS) -> None:
     """Metrics (but for the time things took) and the arrays of the last checkpoint."""
     got, want = (
         [
@@ -207,7 +216,7 @@ def compare(workdir: Path, whole: Path) -> None:
     )
     assert got == want, f"{workdir}: the metrics are not those of {whole}"
     sums = [
-        json.loads((place / "checkpoints" / str(STEPS) / "meta" / "data.json").read_text())["checksums"]
+        json.loads((place / "checkpoints" / str(last) / "meta" / "data.json").read_text())["checksums"]
         for place in (workdir, whole)
     ]
     assert sums[0] == sums[1], f"{workdir}: the last arrays are not those of {whole}"

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_four_kills_change_nothing(prepared, tmp_path):
-    loop = Loop(tmp_path / "loop", prepared, seed=2, clusters=0)
+    loop = Loop(tmp_path / "loop", prepared, seed=2, clusters=0, steps=9)
     loop.run(4)
     assert sum(loop.kills.values()) == 4
 

@@ -161,6 +161,7 @@ def flip(folder):
     path.write_bytes(data)
 
 
+@pytest.mark.proof
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_is_the_same(whole, prepared, tmp_path, caplog):
     run = shutil.copytree(whole, tmp_path / "run")
     flip(run / "checkpoints" / "12")
