@@ -87,6 +87,8 @@ def _cudnn_refuses(site: Site) -> str | None:
         return "over a fixed source has one map for the batch, and cuDNN wants one for each sequence; use xla"
     if site.documents:
         return "does not keep to the borders of documents with it (config.document_mask=true); use xla"
+    if site.platform == "gpu" and jax.default_backend() != "gpu":
+        return "cannot be compiled with it for a GPU that is not here, as cuDNN is not; use auto or xla"
     return None
 
 
