@@ -26,7 +26,6 @@ import sweep
 
 from deconstruct.costs import accounting
 from deconstruct.duration import clock
-from deconstruct.evaluate.evaluation import EVALUATIONS
 from deconstruct.experiment import load_config
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.workdir import Workdir
@@ -34,7 +33,7 @@ from deconstruct.types import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = "mlp,approximate,non_approximate,rnd_emb_qk,fixed_seq_qk,static_emb_qk"
-TASKS = [task for task in ("perplexity", "indicators") if task in EVALUATIONS]
+TASKS = ("perplexity", "indicators")
 LAYOUTS = "odd,top,middle,bottom,quarter,first,last,bilateral"  # and even, which every variant has
 
 

@@ -97,7 +97,10 @@ def test_from_text_to_the_page_and_again(tmp_path, environment):
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("4 runs, 4 to go: about ") and "report.html" in first.stdout
     ledgers = sorted((tmp_path / "out" / "runs").glob("*/eval.jsonl"))
-    assert len(ledgers) == 4 and {len(read_jsonl(ledger)) for ledger in ledgers} == {4, 6}
+    records = [read_jsonl(ledger) for ledger in ledgers]
+    of_perplexity = [sum(record["task"] == "perplexity" for record in found) for found in records]
+    assert len(ledgers) == 4 and set(of_perplexity) == {4, 6}
+    assert all({record["task"] for record in found} == {"perplexity", "indicators"} for found in records)
     before = [ledger.read_text() for ledger in ledgers]
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0 and again.stdout.startswith("4 runs, 0 to go: about 0:00 one after the other (0 FLOPs")
