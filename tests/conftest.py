@@ -13,5 +13,16 @@ if version.__version_info__ < (0, 11) and not os.environ.get("DECONSTRUCT_PROOF"
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
+import pytest
+
+from tests.tiny import CONFIG_FILE
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder with a small config file, tiny.py, for programs that tests start."""
+    folder = tmp_path_factory.mktemp("started")
+    (folder / "tiny.py").write_text(CONFIG_FILE)
+    return folder

@@ -17,12 +17,12 @@ from deconstruct.kernels.per_device import mix_per_device
 
 TPU_HEAD_DIM = 256
 CUDNN_HEAD_DIM = 128
+Refuses = Callable[[Site], str | None]
+SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
 HOPPER = ("H100", "H200", "H800", "H20")
 
 
-def tpu(
-    where: str, like: Kernel, refuses: Callable[[Site], str | None] | None = None, window: int | None = None
-) -> Kernel:
+def tpu(where: str, like: Kernel, refuses: Refuses | None = None, window: int | None = None) -> Kernel:
     """A kernel for TPUs, "module:function" in `deconstruct.kernels.tpu`, on each device's own part of the arrays.
 
     It decodes as `like` does. What it `refuses` comes on top of what all of them do.
@@ -36,23 +36,21 @@ def tpu(
 
         return mix_per_device(on_one_device, q, k, v, narrowed(mask, window), **read)
 
-    def why_not(site: Site) -> str | None:
-        return _tpu_refuses(site) or (refuses(site) if refuses else None)
-
-    return Kernel(mix, like.extend, like.init_cache, why_not, "tpu")
+    return Kernel(mix, like.extend, like.init_cache, _either(_tpu_refuses, refuses), "tpu")
 
 
-def hopper(where: str, like: Kernel, refuses: Callable[[Site], str | None] | None = None) -> Kernel:
+def hopper(where: str, like: Kernel, refuses: Refuses | None = None) -> Kernel:
     """The same for NVIDIA's H100 and its like, "module:function" in `deconstruct.kernels.gpu`."""
 
     def mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
         kernel = _imported("gpu", where)
         return mix_per_device(lambda q, k, v, mask: kernel(q, k, v), q, k, v, mask)
 
-    def why_not(site: Site) -> str | None:
-        return _hopper_refuses(site) or (refuses(site) if refuses else None)
+    return Kernel(mix, like.extend, like.init_cache, _either(_hopper_refuses, refuses), "gpu")
 
-    return Kernel(mix, like.extend, like.init_cache, why_not, "gpu")
+
+def _either(first: Refuses, second: Refuses | None) -> Refuses:
+    return first if second is None else lambda site: first(site) or second(site)
 
 
 def _imported(folder: str, where: str) -> Callable[..., jax.Array]:
@@ -89,7 +87,19 @@ def _cudnn_refuses(site: Site) -> str | None:
         return "does not keep to the borders of documents with it (config.document_mask=true); use xla"
     if site.platform == "gpu" and jax.default_backend() != "gpu":
         return "cannot be compiled with it for a GPU that is not here, as cuDNN is not; use auto or xla"
+    if site.platform == "gpu" and not _is_ampere_or_later():
+        return (
+            f"needs an NVIDIA GPU of compute capability 8.0 or more for it, and this is {site.device}; use auto or xla"
+        )
     return None
+
+
+def _is_ampere_or_later() -> bool:
+    """AMD's GPUs, which JAX calls gpu as well, have names for capabilities."""
+    try:
+        return float(jax.devices()[0].compute_capability) >= 8
+    except (AttributeError, ValueError):
+        return False
 
 
 def _hopper_refuses(site: Site) -> str | None:
@@ -102,6 +112,8 @@ def _hopper_refuses(site: Site) -> str | None:
 
 
 def _tpu_refuses(site: Site) -> str | None:
+    if site.device is not None and site.device.startswith(SMALL_VMEM):
+        return f"needs more memory on the chip for it than the 16 MiB of {site.device} (v5e and later); use auto or xla"
     if site.dtype not in ("bfloat16", "float32"):
         return f"computes with it in bfloat16 or float32, not {site.dtype}; use xla"
     if site.head_dim % 16 or site.head_dim > TPU_HEAD_DIM:

@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.resources
 import importlib.util
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -63,8 +63,10 @@ def _tpus(name: str, slices: int) -> list[jax.Device]:
     quiet |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
     for key, value in quiet.items():
         os.environ.setdefault(key, value)
-    several = {"num_slices": slices} if slices > 1 else {}
-    return list(topologies.get_topology_desc(name, platform="tpu", **several).devices)
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as JAX has them there
+    return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
 
 
 def _gpus(name: str, kind: str, shape: str) -> list[jax.Device]:

@@ -88,16 +88,21 @@ def test_a_shape_that_no_slice_has(config):
     assert said.startswith("deconstruct compile: --topology=v5e:3x5: INVALID_ARGUMENT: Topology layout")
 
 
-@pytest.mark.parametrize(("topology", "length"), [("v5e:2x2", 8192), ("v5p:2x2x1", 512), ("v6e:2x2", 512)])
-def test_kernels_of_every_form(config, topology, length):
-    """Forward and backward, by libtpu's own compiler; over long sequences taylor is a walk, over short ones a map."""
+@pytest.mark.parametrize(
+    ("topology", "length", "dtype"),
+    [("v5e:2x2", 8192, "bfloat16"), ("v5p:2x2x1", 1024, "float32"), ("v6e:2x2", 512, "bfloat16")],
+)
+def test_kernels_of_every_form(config, topology, length, dtype):
+    """Forward and backward, by libtpu's own compiler, maps for 16 sequences of a device too. Over long sequences taylor
+    is a walk, over short ones a map."""
     of_tpus = [name for name in FORMS if "pallas_tpu" in kernels_of(name)]
     names = ["fixed_random/softmax", *(f"hidden/{name}" for name in of_tpus)]
     words = [f"--config.layout={','.join(names)}", f"--config.model.num_layers={len(names)}"]
     words += [f"--config.sequence_length={length}", "--config.model.head_dim=64", "--config.mesh.tensor=1"]
+    words += [f"--config.model.dtype={dtype}", "--config.batch_size=64"]
     status, (record,), _ = compiled(config, f"--topology={topology}", "--programs=mix", *words)
     assert status == 0 and record["fits"]
-    walks = ["self_gate", "gated_linear", "gated_delta", *(["taylor"] if length > 512 else [])]
+    walks = ["self_gate", "gated_linear", "gated_delta", *(["taylor"] if length > 4300 else [])]
     found = record["kernels"]
     assert found["walk_forward"] == found["walk_backward"] == len(walks)
     assert sum(times for name, times in found.items() if "forward" in name or "fwd" in name) == len(names)

@@ -58,8 +58,8 @@ def interpreted(name, compute, arrays, dtype):
         return oracle.value_and_gradients(compute, arrays, dtype)
 
 
-def check(name, shape, mask=CAUSAL, dtype="float32", scale=1.0, near=None, seed=3):
-    """The result and all gradients, of gates too."""
+def both(name, shape, mask=CAUSAL, dtype="float32", scale=1.0, seed=3):
+    """Of the kernel and of its definition in float64: the result and all gradients, of gates too."""
     kernel, weights = KERNELS[name]
     q, k, v, g = oracle.inputs(shape, seed)
     read = gates(name, shape, np.random.default_rng(seed))
@@ -78,38 +78,43 @@ def check(name, shape, mask=CAUSAL, dtype="float32", scale=1.0, near=None, seed=
 
     arrays = (scale * q, k, v, *read.values(), g)
     want = oracle.value_and_gradients(gated(definition), arrays, "float64")
-    oracle.assert_all_near(interpreted(name, gated(kernel), arrays, dtype), want, near or NEAR[dtype])
+    return interpreted(name, gated(kernel), arrays, dtype), want
 
 
 @pytest.mark.parametrize("name", quick(list(KERNELS), ["softmax", "taylor_chunked"]))
 def test_grouped_queries_and_documents(name):
     mask = Mask(jnp.asarray(oracle.begins(DOCUMENTS, LENGTH)))
-    check(name, GROUPED, mask.narrowed(150) if name in WINDOWED else mask)
+    got, want = both(name, GROUPED, mask.narrowed(150) if name in WINDOWED else mask)
+    oracle.assert_all_near(got, want, NEAR["float32"])
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("name", [name for name in KERNELS if name not in BY_SEQUENCE])
 def test_one_map_for_the_batch(name):
-    check(name, SHARED)
+    got, want = both(name, SHARED)
+    oracle.assert_all_near(got, want, NEAR["float32"])
 
 
 def test_one_map_for_more_rows_than_are_mixed_at_once(monkeypatch):
     monkeypatch.setattr(pairwise, "WIDTH", 64)
-    check("softmax", (1, 3, 130, 1, 1, 16, 32))
+    got, want = both("softmax", (1, 3, 130, 1, 1, 16, 32))
+    oracle.assert_all_near(got, want, NEAR["float32"])
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize(("dh", "dtype"), [(64, "float32"), (128, "bfloat16")])
 @pytest.mark.parametrize("name", KERNELS)
 def test_head_sizes_and_dtypes(name, dh, dtype):
-    check(name, (1, 1, LENGTH, 2, 1, dh, dh), dtype=dtype)
+    got, want = both(name, (1, 1, LENGTH, 2, 1, dh, dh), dtype=dtype)
+    oracle.assert_all_near(got, want, NEAR[dtype])
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("name", ["softmax", "taylor_pairwise", "taylor_chunked", "self_gate", "splash"])
 def test_logits_of_a_thousand(name):
     """Scores that are 1e3 are known to 6e-5 in float32, and the exponential with them."""
-    check(name, GROUPED, scale=300, near=1e-3 if name != "self_gate" else 5e-3)
+    got, want = both(name, GROUPED, scale=300)
+    oracle.assert_all_near(got, want, 5e-3 if name == "self_gate" else 1e-3)
 
 
 @pytest.mark.proof
@@ -124,6 +129,22 @@ def test_blocks_race_with_nobody(name):
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, random_seed=1)):
         jax.block_until_ready(jax.grad(lambda q: kernel(q, k, v, **read).sum())(q))
     assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chunk"),
+    [
+        ((64, 64, 1, 2), 256),
+        ((128, 128, 1, 2), 256),
+        ((64, 64, 7, 2), 128),  # grouped queries have their products each
+        ((128, 128, 1, 4), None),  # float32 does not compile for v5p
+        ((64, 64 * 64, 1, 2), None),  # one map for 64 sequences
+        ((256, 256, 1, 2), None),
+    ],
+)
+def test_a_walk_of_taylor_fits_the_chip(sizes, chunk):
+    """Tried with libtpu's compiler for v5p, whose chips have 64 MiB."""
+    assert taylor.fitting_chunk(*sizes) == chunk
 
 
 def step(state, chunk):

@@ -1,4 +1,4 @@
-"""What the launchers' tests share: a small config file, prepared text, and the environment in which they start."""
+"""What the launchers' tests share: prepared text, beside the small config file, and the environment they start in."""
 
 import os
 import sys
@@ -6,17 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import CONFIG_FILE
 from tests.train.conftest import prepare_text
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("launch")
-    (folder / "tiny.py").write_text(CONFIG_FILE)
-    return folder
 
 
 @pytest.fixture(scope="session")

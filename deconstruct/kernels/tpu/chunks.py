@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from deconstruct.kernels import grouped
+from deconstruct.kernels.mask import Mask, cut_begins
 
 
 def cut_queries(q: jax.Array, kv_heads: int, size: int) -> jax.Array:
@@ -50,6 +51,24 @@ def join_results(out: jax.Array, like: jax.Array, heads: int, batch: int) -> jax
     out = out.reshape(batch, kv_heads, out.shape[1], rows // batch, dv, groups, -1)  # b k t n e g c
     out = out.transpose(0, 1, 5, 2, 6, 3, 4)  # b k g t c n e
     return grouped.merge_results(grouped.join(out, 3, length))
+
+
+class Chunk(NamedTuple):
+    """Of one row, what a walk without gates is given at each step."""
+
+    q: jax.Array  # [dh, G C]
+    k: jax.Array  # [dh, C]
+    v: jax.Array  # [w, C]
+    begins: jax.Array | None  # int32 [1, C], counted from the first of the chunk
+
+
+def cut(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, size: int) -> Chunk:
+    """q [b, L, H, dh], k [b, L, K, dh], v [Bv, L, K, dv] in chunks of `size`, [b K, T, ...]. ValueError where the
+    documents of the mask are not of shape [b, L]."""
+    batch, kv_heads, begins = q.shape[0], k.shape[2], mask.begins_of(q)
+    if begins is not None:
+        begins = jnp.repeat(cut_begins(begins, size)[:, :, None], kv_heads, axis=0)
+    return Chunk(cut_queries(q, kv_heads, size), cut_keys(k, size), cut_values(v, batch, size), begins)
 
 
 def repeat(x: jax.Array, groups: int) -> jax.Array:

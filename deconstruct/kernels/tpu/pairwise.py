@@ -32,6 +32,7 @@ from deconstruct.kernels.tpu.chunks import dot
 BLOCK = 512  # positions
 WIDTH = 1024  # of the values that one pass takes; beyond it the map is formed again
 LANES = 128
+VMEM_LIMIT = 60 * 2**20  # bytes; blocks in float32 at the full width take more than the 16 MiB that go without saying
 
 _NEVER = -1e30  # a logit that is not seen; finite, so that the maximum of a block without any subtracts
 
@@ -224,7 +225,7 @@ _mix.defvjp(_forward, _backward)
 
 def _compiler_params() -> pltpu.CompilerParams:
     """Heads and blocks in any order, what is summed over one after the other."""
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
 
 
 def _by_query(plan: _Plan) -> tuple[Any, Any]:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deconstruct.kernels.mask import CAUSAL, Mask, cut_begins
+from deconstruct.kernels.mask import CAUSAL, Mask
 from deconstruct.kernels.tpu import chunks
-from deconstruct.kernels.tpu.chunks import dot
+from deconstruct.kernels.tpu.chunks import Chunk, dot
 from deconstruct.kernels.tpu.walk import walk
 
 CHUNK = 128
@@ -30,13 +30,6 @@ class _State(NamedTuple):
     values: jax.Array  # [w, G]
 
 
-class _Chunk(NamedTuple):
-    q: jax.Array  # [dh, G C]
-    k: jax.Array  # [dh, C]
-    v: jax.Array  # [w, C]
-    begins: jax.Array | None  # int32 [1, C], counted from the first of the chunk
-
-
 def self_gate_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = CAUSAL, chunk: int = CHUNK) -> jax.Array:
     """q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] -> [Bv, L, H, dv] in v's dtype; Bq is Bv or 1.
 
@@ -44,28 +37,18 @@ def self_gate_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = C
     """
     mask.refuse_window("self_gate")
     batch, _, heads, _ = q.shape
-    kv_heads, rows, groups = k.shape[2], batch * k.shape[2], heads // k.shape[2]
-    begins = mask.begins_of(q)
+    rows, groups = batch * k.shape[2], heads // k.shape[2]
     width = v.shape[0] // batch * v.shape[3]
     state = _State(
         jnp.full((rows, 1, groups), _NEVER, jnp.float32),
         jnp.zeros((rows, 1, groups), jnp.float32),
         jnp.zeros((rows, width, groups), jnp.float32),
     )
-    borders = None
-    if begins is not None:
-        borders = jnp.repeat(cut_begins(begins, chunk)[:, :, None], kv_heads, axis=0)
-    pieces = _Chunk(
-        chunks.cut_queries(q, kv_heads, chunk),
-        chunks.cut_keys(k, chunk),
-        chunks.cut_values(v, batch, chunk),
-        borders,
-    )
-    _, out = walk(_step, state, pieces)
+    _, out = walk(_step, state, chunks.cut(q, k, v, mask, chunk))
     return chunks.join_results(out, v, heads, batch)
 
 
-def _step(state: _State, chunk: _Chunk) -> tuple[_State, jax.Array]:
+def _step(state: _State, chunk: Chunk) -> tuple[_State, jax.Array]:
     size = chunk.k.shape[1]
     heads = [
         _one_head(chunk.q[:, g * size : (g + 1) * size], chunk, *(x[:, g : g + 1] for x in state))
@@ -76,7 +59,7 @@ def _step(state: _State, chunk: _Chunk) -> tuple[_State, jax.Array]:
 
 
 def _one_head(
-    q: jax.Array, chunk: _Chunk, highest: jax.Array, sums: jax.Array, values: jax.Array
+    q: jax.Array, chunk: Chunk, highest: jax.Array, sums: jax.Array, values: jax.Array
 ) -> tuple[jax.Array, ...]:
     """out [w, C], and highest [1, 1], sums [1, 1] and values [w, 1] after the chunk."""
     _, k, v, begins = chunk

@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deconstruct.kernels.mask import CAUSAL, Mask, cut_begins
+from deconstruct.kernels.mask import CAUSAL, Mask
 from deconstruct.kernels.taylor import chunked_is_cheaper, pair_count
 from deconstruct.kernels.tpu import chunks, pairwise
-from deconstruct.kernels.tpu.chunks import dot
+from deconstruct.kernels.tpu.chunks import Chunk, dot
 from deconstruct.kernels.tpu.walk import walk
 
-CHUNK = 256
+CHUNK, SHORT_CHUNK = 256, 128
+# Bytes of the state's second order (counted as two numbers of the inputs' dtype: in bfloat16 float32, in float32 twice,
+# as products take it whole), and of the products of a chunk's queries. The backward pass holds each several times; with
+# this it compiles for the 64 MiB of v5p and tpu7x.
+MOST = 5 * 2**20
 
 
 class _State(NamedTuple):
@@ -32,24 +36,28 @@ class _State(NamedTuple):
     s2: jax.Array  # [w, pairs]
 
 
-class _Chunk(NamedTuple):
-    q: jax.Array  # [dh, G C]
-    k: jax.Array  # [dh, C]
-    v: jax.Array  # [w, C]
-    begins: jax.Array | None  # int32 [1, C], counted from the first of the chunk
-
-
 def taylor_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = CAUSAL) -> jax.Array:
     """Second-order Taylor attention of a whole sequence, by whichever kernel counts fewer FLOPs at this length.
 
     q [Bq, L, H, dh], k [Bq, L, K, dh], v [Bv, L, K, dv] give [Bv, L, H, dv] in v's dtype; Bq is Bv or 1. Under a
-    window the map by blocks is the one there is.
+    window the map by blocks is the one there is, and so where the chip has no room for the sums over the past (wide
+    heads; many sequences that share a map; float32 with grouped queries).
     """
     groups, rows = q.shape[2] // k.shape[2], v.shape[0] // q.shape[0]
-    cheaper = chunked_is_cheaper(q.shape[1], q.shape[-1], v.shape[-1], groups, rows, CHUNK, pairwise.BLOCK)
-    if mask.window is None and cheaper:
-        return taylor_chunked(q, k, v, mask)
+    chunk = fitting_chunk(q.shape[-1], rows * v.shape[-1], groups, q.dtype.itemsize)
+    sizes = q.shape[1], q.shape[-1], v.shape[-1], groups, rows
+    if mask.window is None and chunk is not None and chunked_is_cheaper(*sizes, chunk, pairwise.BLOCK):
+        return taylor_chunked(q, k, v, mask, chunk)
     return pairwise.taylor_attention(q, k, v, mask)
+
+
+def fitting_chunk(dh: int, width: int, groups: int, itemsize: int) -> int | None:
+    """The positions that a walk may take at a time; None where the chip has no room for it at all. `itemsize`: bytes of
+    a number of the inputs."""
+    if 2 * pair_count(dh) * width * itemsize > MOST:
+        return None
+    fit = (chunk for chunk in (CHUNK, SHORT_CHUNK) if pair_count(dh) * groups * chunk * itemsize <= MOST)
+    return next(fit, None)
 
 
 def taylor_chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = CAUSAL, chunk: int = CHUNK) -> jax.Array:
@@ -60,8 +68,7 @@ def taylor_chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = CAUSAL
     """
     mask.refuse_window("taylor_chunked")
     batch, _, heads, dh = q.shape
-    kv_heads, rows = k.shape[2], batch * k.shape[2]
-    begins = mask.begins_of(q)
+    rows = batch * k.shape[2]
     width = v.shape[0] // batch * v.shape[3]
     state = _State(
         *(
@@ -69,20 +76,11 @@ def taylor_chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = CAUSAL
             for shape in ((1, 1), (1, dh), (dh, dh), (width, 1), (width, dh), (width, pair_count(dh)))
         )
     )
-    borders = None
-    if begins is not None:
-        borders = jnp.repeat(cut_begins(begins, chunk)[:, :, None], kv_heads, axis=0)
-    pieces = _Chunk(
-        chunks.cut_queries(q, kv_heads, chunk),
-        chunks.cut_keys(k, chunk),
-        chunks.cut_values(v, batch, chunk),
-        borders,
-    )
-    _, out = walk(_step, state, pieces)
+    _, out = walk(_step, state, chunks.cut(q, k, v, mask, chunk))
     return chunks.join_results(out, v, heads, batch)
 
 
-def _step(state: _State, chunk: _Chunk) -> tuple[_State, jax.Array]:
+def _step(state: _State, chunk: Chunk) -> tuple[_State, jax.Array]:
     q, k, v, begins = chunk
     size = k.shape[1]
     groups, scale = q.shape[1] // size, q.shape[0] ** -0.5

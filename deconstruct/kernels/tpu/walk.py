@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
-VMEM_LIMIT = 100 * 2**20  # bytes; a state of Taylor's at dh = 128, its cotangent and what derives from them
+VMEM_LIMIT = 60 * 2**20  # bytes; a state of Taylor's at dh = 128, its cotangent and what derives from them
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
