@@ -16,7 +16,7 @@ from deconstruct.costs import accounting
 from deconstruct.layers import rope_tables
 from deconstruct.model.language_model import build_model
 from deconstruct.types import Streams
-from tests.tiny import MIXER_NAMES, PARTS_QUICKLY, quick, tiny_config
+from tests.tiny import MIXER_NAMES, PARTS_AND_CROSSED, PARTS_QUICKLY, quick, tiny_config
 
 LENGTH = 7
 
@@ -51,7 +51,7 @@ def test_causality_by_gradient(name):
     assert mixer.reach == 1 or seen.any()
 
 
-@pytest.mark.parametrize("name", quick(MIXER_NAMES, ["hidden/gated_linear", "fixed_text/softmax", "mlp"]))
+@pytest.mark.parametrize("name", quick(PARTS_AND_CROSSED, ["hidden/gated_linear", "fixed_text/softmax", "mlp"]))
 def test_maps_depend_on_the_batch_unless_the_source_is_fixed(name):
     config = tiny_config({"init_std": 0.3}, variant=name, layout="uniform").model
     model = build_model(config, seed=1)

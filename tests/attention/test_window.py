@@ -9,7 +9,7 @@ from deconstruct.attention.form import Shape
 from deconstruct.attention.variants import find_variant
 from deconstruct.costs import accounting, programs
 from deconstruct.types import UserError
-from tests.attention.test_forms import draw, extended, make
+from tests.attention.test_forms import HEAD_DIM, HEADS, LENGTH, draw, make
 from tests.tiny import quick, tiny_config
 
 
@@ -24,6 +24,20 @@ def masked_softmax(q, k, v, size):
     return np.einsum("bhls,bshd->blhd", weights / weights.sum(-1, keepdims=True), v)
 
 
+def extended(form, q, k, v, chunk):
+    """As decoding does it: some positions, then the next."""
+    shape = Shape(v.shape[0], q.shape[0], LENGTH, HEADS, k.shape[2], HEAD_DIM, HEADS * HEAD_DIM)
+    first = jax.jit(lambda q, k, v: form.extend(q, k, v, form.init_cache(shape, jnp.float32)))
+    extend = jax.jit(form.extend)
+    pieces = [tuple(x[:, begin : begin + chunk] for x in (q, k, v)) for begin in range(0, LENGTH, chunk)]
+    out, cache = first(*pieces[0])
+    parts = [out]
+    for piece in pieces[1:]:
+        out, cache = extend(*piece, cache)
+        parts.append(out)
+    return jnp.concatenate(parts, axis=1)
+
+
 @pytest.mark.parametrize("size", quick([1, 5, 22, 100], [5]))
 def test_it_is_a_masked_softmax(size):
     """Mixed, and extended all at once, by sevens and token by token, smaller and larger than the sequence."""
@@ -32,7 +46,7 @@ def test_it_is_a_masked_softmax(size):
     want = masked_softmax(q, k, v, size)
     np.testing.assert_allclose(jax.jit(form.mix)(q, k, v), want, atol=2e-6)  # float32 rounding of order one
     for chunk in (22, 7, 1):
-        np.testing.assert_allclose(extended(form, q, k, v, {}, chunk), want, atol=2e-6)
+        np.testing.assert_allclose(extended(form, q, k, v, chunk), want, atol=2e-6)
 
 
 def test_a_window_as_wide_as_the_sequence_is_softmax():

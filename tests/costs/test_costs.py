@@ -16,7 +16,7 @@ from deconstruct.costs.paper import PAPER_COSTS, without_formulas
 from deconstruct.kernels import reference
 from deconstruct.model.decode import Decoder, cache_bytes
 from deconstruct.model.language_model import build_model
-from tests.tiny import MIXER_NAMES, PARTS_QUICKLY, quick, tiny_config
+from tests.tiny import PARTS_AND_CROSSED, PARTS_QUICKLY, quick, tiny_config
 
 BATCH, LENGTH = 2, 512
 
@@ -99,7 +99,7 @@ def test_totals_are_those_of_the_model(name):
     assert decoded == pytest.approx(accounting.decode_flops(config, BATCH, LENGTH).needed, rel=0.02)
 
 
-@pytest.mark.parametrize("name", quick(MIXER_NAMES, ["fixed_random/softmax"]))
+@pytest.mark.parametrize("name", quick(PARTS_AND_CROSSED, ["fixed_random/softmax"]))
 def test_cache_bytes_are_those_of_a_cache(name):
     config = tiny_config({"num_kv_heads": 2, "scan": False}, variant=name, layout="even").model
     _, cache, _ = Decoder(build_model(config), 3, 12).prefill(jnp.zeros((3, 2), jnp.int32))

@@ -17,7 +17,7 @@ from deconstruct.experiment import load_config
 from deconstruct.model.language_model import abstract_model
 from deconstruct.model.placement import abstract_arrays, mesh_for
 from deconstruct.types import UserError
-from tests.tiny import MIXER_NAMES, PAPER_NAMES, PARTS, quick, tiny_config
+from tests.tiny import MIXER_NAMES, PAPER_NAMES, PARTS, PARTS_AND_CROSSED, quick, tiny_config
 
 
 def mesh_of(data, fsdp, tensor):
@@ -253,7 +253,7 @@ def random_arrays(config, draw):
     return graphdef, params, frozen
 
 
-@pytest.mark.parametrize("name", quick(MIXER_NAMES, ["hidden/softmax", "fixed_text/softmax"]))
+@pytest.mark.parametrize("name", quick(PARTS_AND_CROSSED, ["hidden/softmax", "fixed_text/softmax"]))
 def test_eight_devices_compute_what_one_does(name):
     """On the mesh that splits batch, width and heads at once."""
     check_eight_devices(tiny_config({"num_layers": 1}, variant=name, layout="uniform").model, ((2, 4),))

@@ -11,9 +11,8 @@ from deconstruct.generation.generator import Generator, Request, Settings
 from deconstruct.model.decode import Decoder, cache_axes
 from deconstruct.model.language_model import build_model
 from deconstruct.model.placement import abstract_arrays, mesh_for, split_model
-from tests.tiny import MIXER_NAMES, tiny_config
+from tests.tiny import PARTS, quick, tiny_config
 
-QUICK = ("fixed_random/softmax",)
 MESHES = [(1, 4, 2), (2, 2, 2), (1, 8, 1)]
 PROMPTS = [[5, 6, 7], [9, 1, 2, 3, 4], [30, 8], [11, 12, 13, 14]]
 
@@ -50,15 +49,15 @@ def check_tokens(name, text, meshes):
         assert generated(placed(model, sizes), text, PROMPTS) == want, sizes
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", quick(PARTS, ["fixed_random/softmax"]))
 def test_the_same_tokens(name, text):
     check_tokens(name, text, MESHES[:1])
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("name", MIXER_NAMES)
-def test_the_same_tokens_of_every_variant_on_every_mesh(name, text):
-    check_tokens(name, text, MESHES)
+@pytest.mark.parametrize("name", ["fixed_random/softmax", "hidden/gated_linear"])
+def test_the_same_tokens_on_other_meshes_and_of_one_prompt(name, text):
+    check_tokens(name, text, MESHES[1:])
     model = model_of(name, vocab_size=text.vocab_size)
     alone = generated(model, text, PROMPTS[:1])  # a batch of one divides over no devices
     assert generated(placed(model, (1, 4, 2)), text, PROMPTS[:1]) == alone
