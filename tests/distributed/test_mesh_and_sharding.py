@@ -260,7 +260,7 @@ def test_eight_devices_compute_what_one_does(name):
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", ["hidden/softmax", "hidden/gated_linear", "fixed_text/softmax"])
 def test_other_meshes_compute_the_same(name):
     check_eight_devices(tiny_config({"num_layers": 1}, variant=name, layout="uniform").model, ((8, 1), (4, 2)))
 
