@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deconstruct.compile.topology import absent
-from deconstruct.kernels.gpu import pairwise, self_gate
+from deconstruct.kernels.gpu import gated_delta, gated_linear, pairwise, self_gate
 
 LENGTH, HEADS, KV_HEADS, BATCH = 1000, 4, 2, 8
 
@@ -31,7 +31,11 @@ PATHS = {
     "softmax_shared": (1, pairwise.shared_attention),
     "self_gate": (BATCH, self_gate.self_gate_attention),
     "self_gate_shared": (1, self_gate.self_gate_attention),
+    "gated_linear": (BATCH, gated_linear.gated_linear_attention),
+    "gated_delta": (BATCH, gated_delta.gated_delta_attention),
 }
+# What a path reads beside q, k and v, float32: names, and how many axes of the keys.
+READS = {"gated_linear": {"log_decay": 4}, "gated_delta": {"log_decay": 3, "beta": 3}}
 
 
 def compile_for_h100(path, dim, dumps):
@@ -40,13 +44,17 @@ def compile_for_h100(path, dim, dumps):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     qk_batch, mix = PATHS[path]
 
-    def program(q, k, v, g):
-        out, pull = jax.vjp(mix, q, k, v)
+    def program(q, k, v, read, g):
+        out, pull = jax.vjp(lambda q, k, v, read: mix(q, k, v, **read), q, k, v, read)
         return out, pull(g)
 
     sizes = ((qk_batch, HEADS), (qk_batch, KV_HEADS), (BATCH, KV_HEADS), (BATCH, HEADS))
-    arrays = [jax.ShapeDtypeStruct((b, LENGTH, h, dim), jnp.bfloat16, sharding=sharding) for b, h in sizes]
-    jax.jit(program).lower(*arrays).compile()
+    q, k, v, g = (jax.ShapeDtypeStruct((b, LENGTH, h, dim), jnp.bfloat16, sharding=sharding) for b, h in sizes)
+    read = {
+        name: jax.ShapeDtypeStruct(k.shape[:axes], jnp.float32, sharding=sharding)
+        for name, axes in READS.get(path, {}).items()
+    }
+    jax.jit(program).lower(q, k, v, read, g).compile()
 
 
 def found(log):
