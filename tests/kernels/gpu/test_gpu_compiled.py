@@ -32,8 +32,9 @@ WALK = ["chunk_states"] * 2  # from the first chunk to the last, and for gradien
         ("taylor_shared", 64, PAIRWISE),
         ("softmax_shared", 128, PAIRWISE),
         ("self_gate", 128, SELF_GATE),
-        ("gated_linear", 64, WALK),
-        ("gated_delta", 128, WALK),
+        ("plain_walk", 64, WALK),
+        ("corrected_walk", 64, WALK),
+        ("corrected_walk", 128, WALK),
     ],
 )
 def test_an_h100_takes_the_kernels(path, dim, kernels, record_property):
