@@ -39,14 +39,22 @@ def tpu(where: str, like: Kernel, refuses: Refuses | None = None, window: int | 
     return Kernel(mix, like.extend, like.init_cache, _either(_tpu_refuses, refuses), "tpu")
 
 
-def hopper(where: str, like: Kernel, refuses: Refuses | None = None) -> Kernel:
-    """The same for NVIDIA's H100 and its like, "module:function" in `deconstruct.kernels.gpu`."""
+def hopper(where: str, like: Kernel, refuses: Refuses | None = None, documents: bool = False) -> Kernel:
+    """The same for NVIDIA's H100 and its like, "module:function" in `deconstruct.kernels.gpu`.
 
-    def mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    Where it takes `documents` it is given the mask.
+    """
+
+    def mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, **read: jax.Array) -> jax.Array:
         kernel = _imported("gpu", where)
-        return mix_per_device(lambda q, k, v, mask: kernel(q, k, v), q, k, v, mask)
 
-    return Kernel(mix, like.extend, like.init_cache, _either(_hopper_refuses, refuses), "gpu")
+        def on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, **read: jax.Array) -> jax.Array:
+            return kernel(q, k, v, mask=mask, **read) if documents else kernel(q, k, v, **read)
+
+        return mix_per_device(on_one_device, q, k, v, mask, **read)
+
+    refuses_here = _hopper_refuses if documents else _either(_hopper_refuses, _one_document)
+    return Kernel(mix, like.extend, like.init_cache, _either(refuses_here, refuses), "gpu")
 
 
 def _either(first: Refuses, second: Refuses | None) -> Refuses:
@@ -83,8 +91,8 @@ def _cudnn_refuses(site: Site) -> str | None:
         )
     if site.shared:
         return "over a fixed source has one map for the batch, and cuDNN wants one for each sequence; use xla"
-    if site.documents:
-        return "does not keep to the borders of documents with it (config.document_mask=true); use xla"
+    if reason := _one_document(site):
+        return reason
     if site.platform == "gpu" and jax.default_backend() != "gpu":
         return "cannot be compiled with it for a GPU that is not here, as cuDNN is not; use auto or xla"
     if site.platform == "gpu" and not _is_ampere_or_later():
@@ -105,10 +113,14 @@ def _is_ampere_or_later() -> bool:
 def _hopper_refuses(site: Site) -> str | None:
     if site.device is not None and not any(name in site.device for name in HOPPER):
         return f"needs a Hopper GPU (H100, H200) for it, and this is {site.device}; use auto or xla"
-    if site.documents:
-        return "does not keep to the borders of documents with it (config.document_mask=true); use xla"
     reason = limits.refuses(site.dtype, site.head_dim)
     return reason and f"{reason}; use xla"
+
+
+def _one_document(site: Site) -> str | None:
+    if site.documents:
+        return "does not keep to the borders of documents with it (config.document_mask=true); use xla"
+    return None
 
 
 def _tpu_refuses(site: Site) -> str | None:

@@ -107,25 +107,40 @@ def _step(s: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Ar
     """One chunk, q [b, K, C, G, dh], k [b, K, C, dh], v [b, K, C, w], log_decay and beta [b, K, C]: the state
     [b, K, dh, w] after it, and what it reads [b, K, C, G, w] from itself and from the state before."""
     q, k, v, log_decay, beta = chunk
+    inverse, weights, into, kept = by_themselves(q, k, log_decay, beta)
+    rows, past = q.reshape(*q.shape[:2], -1, q.shape[-1]), s.astype(k.dtype)
+    missing = v.astype(s.dtype) - into[..., None] * grouped.contract("bksd,bkdw->bksw", k, past)
+    written = grouped.contract("bkij,bkjw->bkiw", inverse, (beta[..., None] * missing).astype(v.dtype)).astype(v.dtype)
+    out = read(weights, into, written, grouped.contract("bkrd,bkdw->bkrw", rows, past))
+    s = into[..., -1, None, None] * s + grouped.contract("bksd,bksw->bkdw", kept, written)
+    return s, (out * q.shape[-1] ** -0.5).astype(v.dtype)
+
+
+def by_themselves(
+    q: jax.Array, k: jax.Array, log_decay: jax.Array, beta: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What chunks are without the state before them: (I + N)^-1 [b, K, C, C], the weights of what they read from their
+    corrections [b, K, C G, C], the decays into them [b, K, C], and the keys [b, K, C, dh] that are added to the state.
+
+    q [b, K, C, G, dh] and k [b, K, C, dh] of unit length, log_decay and beta [b, K, C].
+    """
     batch, kv_heads, size, groups, dh = q.shape
-    rows = q.reshape(batch, kv_heads, -1, dh)
     between = _between(log_decay)
     into, out = jnp.exp(jnp.cumsum(log_decay, axis=-1)), between[..., -1, :]
-    past = s.astype(k.dtype)
-    missing = v.astype(s.dtype) - into[..., None] * grouped.contract("bksd,bkdw->bksw", k, past)
     overlap = grouped.contract("bkid,bkjd->bkij", k, k) * between
     inverse = _inverse(jnp.where(jnp.tri(size, k=-1, dtype=bool), beta[..., None] * overlap, 0))
-    written = grouped.contract(
-        "bkij,bkjw->bkiw", inverse.astype(v.dtype), (beta[..., None] * missing).astype(v.dtype)
-    ).astype(v.dtype)
-    weights = grouped.contract("bkrd,bksd->bkrs", rows, k)
+    weights = grouped.contract("bkrd,bksd->bkrs", q.reshape(batch, kv_heads, -1, dh), k)
     weights = weights.reshape(batch, kv_heads, size, groups, size) * between[:, :, :, None]
-    read = grouped.contract("bkrs,bksw->bkrw", weights.astype(v.dtype).reshape(*rows.shape[:3], size), written)
-    before = grouped.contract("bkrd,bkdw->bkrw", rows, past).reshape(batch, kv_heads, size, groups, -1)
-    read = (read.reshape(before.shape) + into[..., None, None] * before) * dh**-0.5
-    kept = (k * out[..., None]).astype(k.dtype)
-    s = into[..., -1, None, None] * s + grouped.contract("bksd,bksw->bkdw", kept, written)
-    return s, read.astype(v.dtype)
+    weights = weights.astype(q.dtype).reshape(batch, kv_heads, -1, size)
+    return inverse.astype(q.dtype), weights, into, (k * out[..., None]).astype(k.dtype)
+
+
+def read(weights: jax.Array, into: jax.Array, written: jax.Array, before: jax.Array) -> jax.Array:
+    """What chunks read, [b, K, C, G, w], without the scale: from their corrections, `written` [b, K, C, w], and from
+    `before` [b, K, C G, w], q times the state before them."""
+    shape = (*into.shape, -1, written.shape[-1])
+    within = grouped.contract("bkrs,bksw->bkrw", weights, written)
+    return within.reshape(shape) + into[..., None, None] * before.reshape(shape)
 
 
 def _between(log_decay: jax.Array) -> jax.Array:

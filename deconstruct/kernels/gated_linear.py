@@ -98,15 +98,25 @@ def _single(
 def _step(s: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """One chunk, q [b, K, C, G, dh], k and log_decay [b, K, C, dh], v [b, K, C, w]: the state [b, K, dh, w] after it,
     and what it reads [b, K, C, G, w] from itself and from the state before."""
-    q, k, v, log_decay = chunk
+    v, dh = chunk[2], chunk[0].shape[-1]
+    within, rows, kept, decay = by_themselves(*chunk)
+    before = grouped.contract("bkrd,bkdw->bkrw", rows, s.astype(rows.dtype)).reshape(within.shape)
+    s = decay[..., None] * s + grouped.contract("bksd,bksw->bkdw", kept, v)
+    return s, ((within + before) * dh**-0.5).astype(v.dtype)
+
+
+def by_themselves(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What chunks are without the state before them: what they read from themselves [b, K, C, G, w], without the scale;
+    the rows [b, K, C G, dh] that read the state, the keys [b, K, C, dh] that are added to it, and its decay [b, K, dh].
+
+    q [b, K, C, G, dh], k and log_decay [b, K, C, dh], v [b, K, C, w].
+    """
     batch, kv_heads, *_, dh = q.shape
     within, into, out = _within(q, k, v, jnp.exp(log_decay))
     rows = (q * into[:, :, :, None]).astype(q.dtype).reshape(batch, kv_heads, -1, dh)
-    before = grouped.contract("bkrd,bkdw->bkrw", rows, s.astype(q.dtype))
-    before = before.reshape(within.shape)
-    added = grouped.contract("bksd,bksw->bkdw", (k * out).astype(k.dtype), v)
-    s = into[:, :, -1, :, None] * s + added
-    return s, ((within + before) * dh**-0.5).astype(v.dtype)
+    return within, rows, (k * out).astype(k.dtype), into[:, :, -1]
 
 
 def _within(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -43,7 +43,8 @@ def test_xla_wherever_no_kernel_can_run(name):
         ("softmax", site("gpu", H100, shared=True), "pallas_gpu"),
         ("softmax", site("gpu", H100), "xla"),  # a GPU that is not here: cuDNN is not, either
         ("taylor", site("gpu", H100, documents=True), "xla"),
-        ("gated_linear", site("gpu", H100), "xla"),
+        ("gated_linear", site("gpu", H100), "pallas_gpu"),
+        ("gated_delta", site("gpu", H100, head_dim=128, documents=True), "pallas_gpu"),
     ],
 )
 def test_the_kernel_made_for_a_place(name, place, impl):
@@ -61,6 +62,8 @@ def test_the_kernel_made_for_a_place(name, place, impl):
             site("gpu", H100, head_dim=32),
             "needs heads of a width of 64 or 128, not 32; use xla",
         ),
+        ("gated_delta", "pallas_gpu", site("gpu", H100, dtype="float32"), "computes in bfloat16, not float32; use xla"),
+        ("self_gate", "pallas_gpu", site("gpu", H100, documents=True), "does not keep to the borders of documents"),
         ("softmax", "pallas_gpu", site("gpu", H100), "has it for one map that serves the whole batch"),
         ("softmax", "splash", site("tpu", "TPU v5", shared=True), "over a fixed source has one map for the batch"),
         ("self_gate", "pallas_tpu", site("tpu", "TPU v4"), "needs more memory on the chip .* 16 MiB of TPU v4"),

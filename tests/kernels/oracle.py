@@ -41,6 +41,19 @@ def inputs(shape: tuple[int, ...], seed: int = 0) -> Arrays:
     return q, k, v, g
 
 
+def gates(form: str, shape: tuple[int, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """What a gated form reads, float64: decays that forget all at once now and then, and betas. Others: nothing."""
+    batch, _, length, _, kv_heads, dh, _ = shape
+    size: tuple[int, ...] = (batch, length, kv_heads)
+    if form == "gated_linear":
+        size = (*size, dh)
+    elif form != "gated_delta":
+        return {}
+    strong = np.where(rng.random(size) < 0.05, 30, 0.1)
+    read = {"log_decay": -np.abs(rng.normal(size=size)) * strong}
+    return read if form == "gated_linear" else {**read, "beta": rng.random(size)}
+
+
 def begins(starts: Sequence[Sequence[int]], length: int) -> np.ndarray:
     """The `begins` of a mask, int32 [B, length], from the first positions of each row's documents."""
     return np.stack([np.repeat(row, np.diff([*row, length])) for row in starts]).astype(np.int32)

@@ -38,19 +38,6 @@ DOCUMENTS = [[0, 5, 140], [0, 200, 299]]
 NEAR = {"float32": oracle.FLOAT32, "bfloat16": 2e-2}
 
 
-def gates(name, shape, rng):
-    """What a gated form reads: decays that forget all at once now and then, and betas."""
-    batch, _, length, _, kv_heads, dh, _ = shape
-    size = (batch, length, kv_heads)
-    if name == "gated_linear":
-        size = (*size, dh)
-    elif name != "gated_delta":
-        return {}
-    strong = np.where(rng.random(size) < 0.05, 30, 0.1)
-    read = {"log_decay": -np.abs(rng.normal(size=size)) * strong}
-    return read if name == "gated_linear" else {**read, "beta": rng.random(size)}
-
-
 def interpreted(name, compute, arrays, dtype):
     """`vmap`, which splash attention is under, makes grids that this interpreter does not take."""
     forced = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()) if name != "splash" else contextlib.nullcontext()
@@ -62,7 +49,7 @@ def both(name, shape, mask=CAUSAL, dtype="float32", scale=1.0, seed=3):
     """Of the kernel and of its definition in float64: the result and all gradients, of gates too."""
     kernel, weights = KERNELS[name]
     q, k, v, g = oracle.inputs(shape, seed)
-    read = gates(name, shape, np.random.default_rng(seed))
+    read = oracle.gates(name, shape, np.random.default_rng(seed))
 
     def gated(mix):
         """All that is differentiated goes in one after the other; gates stay float32 beside bf16."""
@@ -125,7 +112,9 @@ def test_blocks_race_with_nobody(name):
 
     kernel, _ = KERNELS[name]
     q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in oracle.inputs(GROUPED, 4))
-    read = {key: jnp.asarray(x, jnp.float32) for key, x in gates(name, GROUPED, np.random.default_rng(0)).items()}
+    read = {
+        key: jnp.asarray(x, jnp.float32) for key, x in oracle.gates(name, GROUPED, np.random.default_rng(0)).items()
+    }
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, random_seed=1)):
         jax.block_until_ready(jax.grad(lambda q: kernel(q, k, v, **read).sum())(q))
     assert not interpret_pallas_call.races.races_found

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deconstruct.attention.accelerators import tpu
+from deconstruct.attention.accelerators import hopper, tpu
 from deconstruct.attention.form import Flops, Form, Kernel, Shape
 from deconstruct.attention.registry import register_form
 from deconstruct.config import ModelConfig
@@ -61,7 +61,11 @@ class GatedLinear(Form):
 
     def kernels(self) -> dict[str, Kernel]:
         xla = Kernel(_mix, _extend, _init_cache)
-        return {"pallas_tpu": tpu("gated_linear:gated_linear_attention", xla), "xla": xla}
+        return {
+            "pallas_gpu": hopper("gated_linear:gated_linear_attention", xla, documents=True),
+            "pallas_tpu": tpu("gated_linear:gated_linear_attention", xla),
+            "xla": xla,
+        }
 
     def flops(self, shape: Shape) -> Flops:
         # The map from states with a column for each position, then applied to the values.

@@ -19,7 +19,7 @@ def refuses(
     """Why the kernels cannot take heads of such a dtype and widths, in words that follow a name; None where they can.
 
     `capability` is that of the GPU, as `device.compute_capability` has it; None where it is not known. Any length,
-    batch and number of heads will do; masks of documents and windows will not.
+    batch and number of heads will do; windows will not, and documents for the gated forms only.
     """
     if capability is not None and capability != CAPABILITY:
         return f"needs a GPU of compute capability {CAPABILITY} (Hopper), not {capability}"

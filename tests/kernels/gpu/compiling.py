@@ -16,36 +16,58 @@ import numpy as np
 
 from deconstruct.compile.topology import absent
 from deconstruct.kernels.gpu import pairwise, self_gate
+from deconstruct.kernels.gpu.walk import CHUNK, walk
 
-LENGTH, HEADS, KV_HEADS, BATCH = 1000, 4, 2, 8
+LENGTH, HEADS, KV_HEADS, BATCH, CHUNKS = 1000, 4, 2, 8, 5
 
 
 def taylor_shared(q, k, v):
     return pairwise.shared_attention(q, k, v, pairwise.TAYLOR)
 
 
-# The batch of queries and keys, and the mix.
+def plain_walk(decay, writes, values):
+    return walk(CHUNKS, decay, None, writes, values)
+
+
+def corrected_walk(decay, reads, writes, values):
+    return walk(CHUNKS, decay, reads, writes, values)
+
+
+# The batch of queries and keys, and the mix; of the gated forms the walk alone, as the rest is XLA's.
 PATHS = {
     "taylor": (BATCH, pairwise.taylor_attention),
     "taylor_shared": (1, taylor_shared),
     "softmax_shared": (1, pairwise.shared_attention),
     "self_gate": (BATCH, self_gate.self_gate_attention),
     "self_gate_shared": (1, self_gate.self_gate_attention),
+    "plain_walk": (BATCH, plain_walk),
+    "corrected_walk": (BATCH, corrected_walk),
 }
+
+
+def shapes(path, dim):
+    qk_batch, mix = PATHS[path]
+    if mix not in (plain_walk, corrected_walk):
+        return [(b, LENGTH, h, dim) for b, h in ((qk_batch, HEADS), (qk_batch, KV_HEADS), (BATCH, KV_HEADS))]
+    rows = (CHUNKS * BATCH, KV_HEADS)
+    return [(*rows, dim)] + [(*rows, CHUNK, dim)] * (3 if mix is corrected_walk else 2)
 
 
 def compile_for_h100(path, dim, dumps):
     os.environ |= {"MOSAIC_GPU_DUMP_TO": dumps, "MOSAIC_GPU_DUMP_PTXAS": "1"}
     mesh = jax.sharding.Mesh(np.array(absent("h100:1x1x1").devices), ("device",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    qk_batch, mix = PATHS[path]
+    _, mix = PATHS[path]
 
-    def program(q, k, v, g):
-        out, pull = jax.vjp(mix, q, k, v)
-        return out, pull(g)
+    def program(*arrays):
+        out, pull = jax.vjp(mix, *arrays)
+        return pull(out)
 
-    sizes = ((qk_batch, HEADS), (qk_batch, KV_HEADS), (BATCH, KV_HEADS), (BATCH, HEADS))
-    arrays = [jax.ShapeDtypeStruct((b, LENGTH, h, dim), jnp.bfloat16, sharding=sharding) for b, h in sizes]
+    # Decays, the only ones of three axes, are float32.
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) == 3 else jnp.bfloat16, sharding=sharding)
+        for shape in shapes(path, dim)
+    ]
     jax.jit(program).lower(*arrays).compile()
 
 

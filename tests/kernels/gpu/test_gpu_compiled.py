@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[3]
 SHARED_MEMORY = 232_448  # bytes that one block may have on an H100
 PAIRWISE = ["pairwise_forward", "pairwise_key_gradients", "pairwise_query_gradients"]
 SELF_GATE = ["mean_gradients", "running_mean"]
+WALK = ["chunk_states"] * 2  # from the first chunk to the last, and for gradients back
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,9 @@ SELF_GATE = ["mean_gradients", "running_mean"]
         ("taylor_shared", 64, PAIRWISE),
         ("softmax_shared", 128, PAIRWISE),
         ("self_gate", 128, SELF_GATE),
+        ("plain_walk", 64, WALK),
+        ("corrected_walk", 64, WALK),
+        ("corrected_walk", 128, WALK),
     ],
 )
 def test_an_h100_takes_the_kernels(path, dim, kernels, record_property):

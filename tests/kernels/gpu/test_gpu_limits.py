@@ -6,7 +6,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deconstruct.kernels.gpu import limits, pairwise, self_gate
+from deconstruct.kernels.gpu import gated_delta, gated_linear, limits, pairwise, self_gate
+
+
+def gated_linear_attention(q, k, v):
+    return gated_linear.gated_linear_attention(q, k, v, log_decay=-jnp.ones(k.shape))
+
+
+def gated_delta_attention(q, k, v):
+    return gated_delta.gated_delta_attention(q, k, v, log_decay=-jnp.ones(k.shape[:3]), beta=jnp.ones(k.shape[:3]))
+
+
+ATTENTIONS = [
+    pairwise.taylor_attention,
+    self_gate.self_gate_attention,
+    gated_linear_attention,
+    gated_delta_attention,
+]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +49,7 @@ def test_an_assembler_that_compiles_wrongly(version, refused, monkeypatch):
         assert reason.endswith("nvidia-cuda-nvcc-cu12 12.9.41 (CUDA 12.8.0 to 12.9.0); install 12.9.86 or later")
 
 
-@pytest.mark.parametrize("attention", [pairwise.taylor_attention, self_gate.self_gate_attention])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize(
     ("q", "k", "v", "message"),
     [
@@ -59,7 +75,7 @@ def test_a_shared_map_has_a_batch_of_one():
         jax.eval_shape(pairwise.shared_attention, q, q, v)
 
 
-@pytest.mark.parametrize("attention", [pairwise.taylor_attention, self_gate.self_gate_attention])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_shapes_of_results_and_gradients(attention):
     shapes = [(1, 200, 4, 64), (1, 200, 2, 64), (6, 200, 2, 128)]
     q, k, v = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
@@ -68,7 +84,7 @@ def test_shapes_of_results_and_gradients(attention):
     assert [x.shape for x in jax.eval_shape(gradients, q, k, v)] == shapes
 
 
-@pytest.mark.parametrize("attention", [pairwise.shared_attention, self_gate.self_gate_attention])
+@pytest.mark.parametrize("attention", [pairwise.shared_attention, *ATTENTIONS[1:]])
 def test_gradients_of_a_shared_map_within_shard_map(attention):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     none, data = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deconstruct.kernels.gpu import pairwise, self_gate, tensor_core
+from deconstruct.kernels import recurrences, reference
+from deconstruct.kernels.gpu import gated_delta, gated_linear, pairwise, self_gate, tensor_core
+from deconstruct.kernels.gpu.walk import walk
+from deconstruct.kernels.mask import CAUSAL, Mask
 from tests.kernels import oracle
 
 pytestmark = pytest.mark.skipif(
@@ -90,6 +93,101 @@ def test_values_and_gradients(path, shape, interpreter):
 def test_many_shapes(path, shape, interpreter):
     got, want = both(path, rounded(oracle.inputs(shape)), interpreter)
     oracle.assert_all_near(got, want, BFLOAT16)
+
+
+GATED = {
+    "gated_linear": (recurrences.gated_linear_weights, gated_linear.gated_linear_attention),
+    "gated_delta": (recurrences.gated_delta_weights, gated_delta.gated_delta_attention),
+}
+# The states before chunks and the corrections are rounded too, and in gated_delta q and k of unit length.
+GATED_BFLOAT16 = {"gated_linear": 2e-2, "gated_delta": 4e-2}
+
+
+def assert_gated_near(form, shape, interpreter, levels=None, mask=CAUSAL):
+    """The kernel and its definition in float64: results and all gradients, of decays and betas too. `levels` are the
+    decays to choose from."""
+    q, k, v, g = oracle.inputs(shape)
+    rng = np.random.default_rng(7)
+    read = oracle.gates(form, shape, rng)
+    if levels:
+        read["log_decay"] = rng.choice(levels, size=read["log_decay"].shape)
+    weights, kernel = GATED[form]
+
+    def gated(mix):
+        def compute(q, k, v, *gates):
+            gates = (x if x.dtype == jnp.float64 else x.astype(jnp.float32) for x in gates)
+            return mix(q, k, v, mask=mask, **dict(zip(read, gates, strict=True)))
+
+        return compute
+
+    def definition(q, k, v, mask, **read):
+        return reference.apply_weights(weights(q, k, mask, **read), v)
+
+    arrays = rounded((q, k, v, *read.values(), g))
+    want = oracle.value_and_gradients(gated(definition), arrays, "float64")
+    with interpreter():
+        got = oracle.value_and_gradients(gated(kernel), arrays, "bfloat16")
+    oracle.assert_all_near(got, want, GATED_BFLOAT16[form])
+
+
+def test_the_walk_with_corrections(interpreter):
+    """Of two walks of three chunks: states, corrections, and all gradients. Each operand and result is rounded once."""
+    rng = np.random.default_rng(8)
+    decay = rng.choice([0.0, 0.5, 1.0], size=(6, 1, 64))
+    reads, writes, values, g_values = rng.normal(size=(4, 6, 1, 64, 64)) / 8
+    arrays = rounded((decay, reads, writes, values, rng.normal(size=(6, 1, 64, 64)), g_values))
+
+    def definition(decay, *chunks):
+        def step(s, chunk):
+            d, a, b, u = chunk
+            x = u + a @ s
+            return d[..., None] * s + b.mT @ x, (s, x)
+
+        chunks = [x.reshape(3, 2, *x.shape[2:]) for x in (decay, *chunks)]
+        results = jax.lax.scan(step, jnp.zeros((2, 64, 64), decay.dtype), tuple(chunks))[1]
+        return tuple(x.reshape(6, 1, 64, 64) for x in results)
+
+    def both(compute, dtype):
+        exact = "float64" if dtype == "float64" else "float32"
+        decay, *others = (jnp.asarray(x, exact if i == 0 else dtype) for i, x in enumerate(arrays))
+        results, pull = jax.vjp(compute, decay, *others[:3])
+        return [np.asarray(x.astype(exact)) for x in (*results, *pull(tuple(others[3:])))]
+
+    with jax.enable_x64(True):
+        want = both(definition, "float64")
+    with interpreter():
+        got = both(lambda *chunks: walk(3, *chunks), "bfloat16")
+    oracle.assert_all_near(got, want, BFLOAT16)
+
+
+# At least three chunks, more than are loaded ahead, the last one ragged.
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 2, 300, 2, 1, 64, 64), (1, 1, 331, 2, 2, 128, 128), (1, 3, 200, 2, 1, 128, 64), (1, 1, 40, 1, 1, 64, 128)],
+    ids=str,
+)
+@pytest.mark.parametrize("form", GATED)
+def test_gated_forms_of_many_shapes(form, shape, interpreter):
+    assert_gated_near(form, shape, interpreter)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    "levels",
+    [[0.0], [-50.0], [-1e4], [0.0, -1e-3, -0.1, -1.0, -0.01, -50.0, -1e4]],
+    ids=["none", "-50", "-1e4", "mixed"],
+)
+@pytest.mark.parametrize("form", GATED)
+def test_any_decay(form, levels, interpreter):
+    assert_gated_near(form, (1, 1, 200, 2, 1, 64, 64), interpreter, levels)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("form", GATED)
+def test_documents(form, interpreter):
+    mask = Mask(jnp.asarray(oracle.begins([[0, 5, 140], [0, 64, 199]], 200)))
+    assert_gated_near(form, (2, 2, 200, 2, 1, 64, 64), interpreter, mask=mask)
 
 
 @pytest.mark.proof
