@@ -57,12 +57,20 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        leading, inputs = x.shape[: x.ndim - self.contracted], x.shape[x.ndim - self.contracted :]
+        x = x.astype(self.dtype)
+        if len(leading) > 1 and leading[0] > 1:
+            # Tokens as one axis: from two of them, XLA's CPU backend would transpose the cotangent, element by element,
+            # before it forms the kernel's gradient, which is a sum over tokens. A batch of one, which no mesh divides,
+            # keeps its axes: merged, its kernel would no longer be gathered, but its partial sums added up.
+            x = x.reshape(-1, *inputs)
         y = jax.lax.dot_general(
-            x.astype(self.dtype),
+            x,
             self.kernel[...].astype(self.dtype),
             ((tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))), ((), ())),
             preferred_element_type=jnp.float32,
         )
+        y = y.reshape(*leading, *self.kernel.shape[self.contracted :])
         if self.bias is not None:
             y = y + self.bias[...].reshape((1,) * (y.ndim - self.bias.ndim) + self.bias.shape)
         return y.astype(self.dtype)

@@ -99,8 +99,13 @@ def _forward(
         d_hidden = jax.lax.dot_general(
             d_logits, cast, (((d_logits.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
-        leading = tuple(range(h.ndim - 1))
-        d_table += jax.lax.dot_general(d_logits, h, ((leading, leading), ((), ())), preferred_element_type=jnp.float32)
+        # Tokens as one axis: from two of them, XLA's CPU backend would transpose the logits first, element by element.
+        d_table += jax.lax.dot_general(
+            d_logits.reshape(-1, d_logits.shape[-1]),
+            h.reshape(-1, h.shape[-1]),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
         return (total + nll, d_table), d_hidden.astype(h.dtype)
 
     split = _split((hidden, targets, weights), chunks)
