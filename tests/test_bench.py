@@ -26,6 +26,7 @@ def test_train_step():
     assert speeds_as_text(found).startswith("tiny (batch 2 x 8, d 16, 1 layers, vocabulary 64): deconstruct ")
 
 
+@pytest.mark.proof
 def test_generation():
     ours = Ours(build_model(TINY.config("non_approximate").model), TINY.tokens(4))
     assert ours() > 0 and ours.tokens.shape == (2, NEW)

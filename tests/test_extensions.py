@@ -76,6 +76,7 @@ def run_config(prepared, path, variant):
     return tiny_config({"vocab_size": 0}, data=str(prepared), extensions=str(path), variant=variant, layout="even")
 
 
+@pytest.mark.proof
 def test_a_run_keeps_its_code_and_runs_it_only_when_told(tmp_path, prepared, clean):
     form, run = write_form(tmp_path / "own.py", "owned"), tmp_path / "run"
     config = run_config(prepared, form, "hidden/owned")
