@@ -40,6 +40,8 @@ LARGEST = {
     "model.fixed_length": 2**24,
     "optimizer.warmup_steps": 2**31 - 1,
     "optimizer.schedule_steps": 2**31 - 1,
+    "distill.mixer_steps": 2**31 - 1,
+    "distill.logit_steps": 2**31 - 1,
 }
 
 
@@ -131,6 +133,16 @@ class FaultsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Stages before the ordinary loss, in which a run learns from another model, as a function of the step alone."""
+
+    teacher: str = ""  # a workdir, whose latest checkpoint teaches; "": nobody
+    mixer_steps: int = 0  # first so many steps: the mixers that differ from the teacher's learn its mixers' outputs
+    logit_steps: int = 0  # then so many: the model learns the teacher's next-token distribution
+    temperature: float = 1.0  # of both distributions
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A run. `experiment.load_config` makes one from a config file."""
 
@@ -153,6 +165,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
+    distill: DistillConfig = DistillConfig()
     # The files outside the package that define its layers, each NAME:SHA256; not a key of a config file.
     code: tuple[str, ...] = dataclasses.field(default=(), metadata={"derived": True})
 
@@ -297,6 +310,7 @@ def _check_values(config: Config) -> None:
     _check_model(config)
     _check_mesh(config.mesh)
     _check_optimizer(config)
+    _check_distill(config.distill)
 
 
 def _require(holds: bool, key: str, value: Any, what: str) -> None:
@@ -393,6 +407,28 @@ def _check_optimizer(config: Config) -> None:
         "optimizer.warmup_steps",
         optimizer.warmup_steps,
         f"the warm-up would not end before the schedule does, at step {end}; a smaller number would do",
+    )
+
+
+def _check_distill(distill: DistillConfig) -> None:
+    for key in ("mixer_steps", "logit_steps"):
+        _require(getattr(distill, key) >= 0, f"distill.{key}", getattr(distill, key), "must not be negative")
+    _require(distill.temperature > 0, "distill.temperature", distill.temperature, "must be positive")
+    stages = distill.mixer_steps + distill.logit_steps
+    _require(
+        not distill.teacher or stages > 0,
+        "distill.teacher",
+        distill.teacher,
+        "neither distill.mixer_steps nor distill.logit_steps asks for it, so it would be ignored; set one of them",
+    )
+    for key in ("mixer_steps", "logit_steps"):
+        value = getattr(distill, key)
+        _require(distill.teacher != "" or value == 0, f"distill.{key}", value, "needs a distill.teacher, a workdir")
+    _require(
+        distill.logit_steps > 0 or distill.temperature == 1,
+        "distill.temperature",
+        distill.temperature,
+        "distill.logit_steps=0, so it would be ignored; leave it at 1.0",
     )
 
 

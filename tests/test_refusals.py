@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from deconstruct.attention.registry import FORMS, MIXERS, SOURCES, VARIANTS
+from deconstruct.config import default_config
+from deconstruct.experiment import resolve
 from deconstruct.model.language_model import IMPLS, build_model
 from deconstruct.run.restore import restore_model
 from deconstruct.types import UserError
@@ -123,3 +125,25 @@ def test_what_a_live_model_refuses(tmp_path):
                 call(tokens)
     with pytest.raises(UserError, match=r"no finished checkpoint"):
         restore_model(tmp_path, impl="nonsense")
+
+
+@pytest.mark.parametrize(
+    ("distill", "message"),
+    [
+        ({"teacher": "runs/a"}, r"distill.teacher=runs/a: neither distill.mixer_steps nor distill.logit_steps asks"),
+        ({"mixer_steps": 3}, r"distill.mixer_steps=3: needs a distill.teacher"),
+        ({"logit_steps": 3}, r"distill.logit_steps=3: needs a distill.teacher"),
+        ({"teacher": "runs/a", "mixer_steps": -1}, r"distill.mixer_steps=-1: must not be negative"),
+        ({"teacher": "runs/a", "logit_steps": 3, "temperature": 0.0}, r"distill.temperature=0.0: must be positive"),
+        (
+            {"teacher": "runs/a", "mixer_steps": 3, "temperature": 2.0},
+            r"distill.temperature=2.0: distill.logit_steps=0",
+        ),
+    ],
+)
+def test_stages_of_distillation_that_do_not_go_together(distill, message):
+    config = default_config()
+    config.data = ""
+    config.distill.update(distill)
+    with pytest.raises(UserError, match=message):
+        resolve(config)

@@ -17,7 +17,7 @@ from etils import epath
 
 from deconstruct.compare.budgets import BUDGETS, matched, spent
 from deconstruct.compare.groups import Group, find_baseline, grouped, read_runs
-from deconstruct.run.jsonl import read_jsonl
+from deconstruct.run.metric_writer import training_losses
 from deconstruct.types import UserError
 
 if TYPE_CHECKING:
@@ -136,10 +136,7 @@ def loss_curves(groups: list[Group], budget: str) -> dict[str, tuple[np.ndarray,
     """Of each group: where all its runs have logged, in units of the budget (of the first run), and their losses."""
     curves = {}
     for group in groups:
-        logged = [
-            {record["step"]: record["loss"] for record in read_jsonl(run.run_dir.metrics) if record["loss"] is not None}
-            for run in group.runs
-        ]
+        logged = [training_losses(run.run_dir) for run in group.runs]
         steps = sorted(set.intersection(*(set(one) for one in logged)))
         if steps:
             losses = np.array([[one[step] for step in steps] for one in logged])

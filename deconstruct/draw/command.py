@@ -3,6 +3,7 @@
 deconstruct draw maps --workdir=runs/a --text="for key in keys:" --output=maps.png
 deconstruct draw maps --workdir=runs/a --workdir=runs/b --layer=2 --text="for key in keys:" --output=maps.png
 deconstruct draw curves --workdir=runs/a --workdir=runs/b --output=curves.png
+deconstruct draw perplexity --workdir=runs/a --workdir=runs/original --output=perplexity.png
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import numpy as np
 from etils import epath
 
 from deconstruct.run.jsonl import read_jsonl
+from deconstruct.run.metric_writer import training_losses
 from deconstruct.run.workdir import Workdir
 from deconstruct.types import UserError
 
-WHAT = ("maps", "curves")
+WHAT = ("maps", "curves", "perplexity")
 MAPS_ONLY = ("text", "step", "layer", "head", "columns")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=WHAT, help="attention maps over a text, or training losses")
+    parser.add_argument("what", choices=WHAT, help="attention maps over a text, training losses, or evaluations")
     parser.add_argument("--workdir", action="append", required=True, metavar="DIR", help="a run; repeatable")
     parser.add_argument("--output", required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
     parser.add_argument("--dpi", type=int, default=150, metavar="N", help="dots an inch of a .png (default 150)")
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maps: this head alone, from 1 (default: of one run all, of several the mean)",
     )
+    parser.add_argument("--context", type=int, metavar="N", help="perplexity: at this context (default: the longest)")
     parser.add_argument("--columns", type=int, metavar="N", help="maps: panels side by side (default: heads, or runs)")
 
 
@@ -43,7 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     runs = [Workdir(folder) for folder in arguments.workdir]
     names = _names(runs)
-    figure = _curves(runs, names) if arguments.what == "curves" else _maps(runs, names, arguments)
+    if arguments.what == "maps":
+        figure = _maps(runs, names, arguments)
+    else:
+        figure = _curves(runs, names) if arguments.what == "curves" else _perplexity(runs, names, arguments.context)
     output = epath.Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(str(output), dpi=arguments.dpi)
@@ -63,6 +69,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in MAPS_ONLY:
         if arguments.what != "maps" and getattr(arguments, name) is not None:
             raise UserError(f"--{name}: only maps have it; leave --{name} out")
+    if arguments.what != "perplexity" and arguments.context is not None:
+        raise UserError("--context: only perplexity has it; leave --context out")
     if arguments.what == "maps" and not arguments.text:
         raise UserError("--text: maps are drawn over a text; give at least one character")
     for name in ("dpi", "layer", "head", "columns"):
@@ -82,10 +90,32 @@ def _curves(runs: list[Workdir], names: list[str]) -> Any:
 
     curves = {}
     for name, run_dir in zip(names, runs, strict=True):
-        curves[name] = [(r["step"], r["loss"]) for r in read_jsonl(run_dir.metrics) if r["loss"] is not None]
+        curves[name] = list(training_losses(run_dir).items())
         if not curves[name]:
             raise UserError(f"--workdir={run_dir.folder}: no step is logged there yet")
     return draw_curves(curves)
+
+
+def _perplexity(runs: list[Workdir], names: list[str], context: int | None) -> Any:
+    """Of what all runs were evaluated on: the validation text, in windows side by side."""
+    from deconstruct.draw.curves import draw_perplexity
+
+    found: list[dict[int, dict[int, float]]] = []  # of each run: context -> step -> perplexity
+    for run_dir in runs:
+        found.append({})
+        for r in read_jsonl(run_dir.evaluations):
+            if (r["task"], r["metric"]) != ("perplexity", "perplexity") or r["skip"]:
+                continue
+            if r["text"] == "validation" and r["windows"] == "non-overlapping":
+                found[-1].setdefault(r["context"], {})[r["step"]] = r["value"]
+        if not found[-1]:
+            raise UserError(f"--workdir={run_dir.folder}: no perplexity there yet; `deconstruct evaluate` measures it")
+    common = set.intersection(*(set(one) for one in found))
+    at = max(common, default=0) if context is None else context
+    if at not in common:
+        shared = f"all were at {', '.join(map(str, sorted(common)))}" if common else "they share none"
+        raise UserError(f"--context={context or ''}: not all runs were evaluated at it; {shared}")
+    return draw_perplexity({name: sorted(one[at].items()) for name, one in zip(names, found, strict=True)}, at)
 
 
 def _maps(runs: list[Workdir], names: list[str], arguments: argparse.Namespace) -> Any:

@@ -38,7 +38,7 @@ def cross_entropy(
         nll, _, _ = _chunk(table, chunk, vocab_size)
         return total + nll, None
 
-    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), _split((hidden, targets, weights), chunks))
+    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), split_chunks((hidden, targets, weights), chunks))
     return total
 
 
@@ -47,21 +47,29 @@ def token_losses(hidden: jax.Array, table: jax.Array, targets: jax.Array, vocab_
     table = table.astype(hidden.dtype)
 
     def body(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
-        logits = _logits(table, chunk[0], vocab_size)
+        logits = chunk_logits(table, chunk[0], vocab_size)
         return None, jax.nn.logsumexp(logits, axis=-1) - _pick(logits, chunk[1])
 
-    _, losses = jax.lax.scan(body, None, _split((hidden, targets), chunks))
-    return losses.swapaxes(0, 1).reshape(targets.shape)
+    _, losses = jax.lax.scan(body, None, split_chunks((hidden, targets), chunks))
+    return merge_chunks(losses, targets.shape)
 
 
-def _split(arrays: tuple[jax.Array, ...], chunks: int) -> tuple[jax.Array, ...]:
+def split_chunks(arrays: tuple[jax.Array, ...], chunks: int) -> tuple[jax.Array, ...]:
+    """Each [B, L, ...] -> [chunks, B, L / chunks, ...]."""
+
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]).swapaxes(0, 1)
 
     return tuple(split(x) for x in arrays)
 
 
-def _logits(table: jax.Array, hidden: jax.Array, vocab_size: int) -> jax.Array:
+def merge_chunks(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `split_chunks`, for one array of that shape."""
+    return x.swapaxes(0, 1).reshape(shape)
+
+
+def chunk_logits(table: jax.Array, hidden: jax.Array, vocab_size: int) -> jax.Array:
+    """float32 [..., V]: -inf from `vocab_size` on. Table and hidden are in the compute dtype."""
     logits = jax.lax.dot_general(
         hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
@@ -78,9 +86,22 @@ def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def _chunk(table: jax.Array, chunk: tuple[jax.Array, ...], vocab_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The chunk's loss, its logits and their logsumexp."""
     hidden, targets, weights = chunk
-    logits = _logits(table, hidden, vocab_size)
+    logits = chunk_logits(table, hidden, vocab_size)
     logsumexp = jax.nn.logsumexp(logits, axis=-1)
     return jnp.sum(weights * (logsumexp - _pick(logits, targets))), logits, logsumexp
+
+
+def gradients_of_chunk(table: jax.Array, hidden: jax.Array, d_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """From the derivatives [..., V] of a chunk's logits to those of its hidden states and of the table,
+    float32."""
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = jax.lax.dot_general(
+        d_logits, table, (((d_logits.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    # Tokens as one axis: from two of them, XLA's CPU backend would transpose the logits first, element by element.
+    d_logits, hidden = (x.reshape(-1, x.shape[-1]) for x in (d_logits, hidden))
+    d_table = jax.lax.dot_general(d_logits, hidden, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return d_hidden, d_table
 
 
 def _forward(
@@ -95,27 +116,19 @@ def _forward(
         h, y, w = chunk
         nll, logits, logsumexp = _chunk(cast, chunk, vocab_size)
         target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == y[..., None]
-        d_logits = (w[..., None] * (jnp.exp(logits - logsumexp[..., None]) - target)).astype(h.dtype)
-        d_hidden = jax.lax.dot_general(
-            d_logits, cast, (((d_logits.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        # Tokens as one axis: from two of them, XLA's CPU backend would transpose the logits first, element by element.
-        d_table += jax.lax.dot_general(
-            d_logits.reshape(-1, d_logits.shape[-1]),
-            h.reshape(-1, h.shape[-1]),
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        d_logits = w[..., None] * (jnp.exp(logits - logsumexp[..., None]) - target)
+        d_hidden, d_table_of_chunk = gradients_of_chunk(cast, h, d_logits)
+        d_table += d_table_of_chunk
         return (total + nll, d_table), d_hidden.astype(h.dtype)
 
-    split = _split((hidden, targets, weights), chunks)
+    split = split_chunks((hidden, targets, weights), chunks)
     zero = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
     if chunks == 1:
         (total, d_table), d_hidden = body(zero, tuple(x[0] for x in split))
         d_hidden = d_hidden[None]
     else:
         (total, d_table), d_hidden = jax.lax.scan(body, zero, split)
-    return total, (d_hidden.swapaxes(0, 1).reshape(hidden.shape), d_table)
+    return total, (merge_chunks(d_hidden, hidden.shape), d_table)
 
 
 def _backward(

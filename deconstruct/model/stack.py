@@ -26,8 +26,9 @@ from deconstruct.types import Streams
 
 RESIDUAL = ("batch", "length", None)
 
-# What may be read off every layer as it runs: (block, streams entering it, context) -> pytree of arrays, or None.
-Record = Callable[["Block", Streams, Context], Any]
+# What may be read off every layer as it runs: (block, streams entering it, context) -> pytree of arrays, or None. Where
+# something is given to the layers, theirs comes last.
+Record = Callable[..., Any]
 
 
 class Block(nnx.Module):
@@ -48,9 +49,14 @@ class Block(nnx.Module):
 
     def __call__(self, streams: Streams, context: Context) -> Streams:
         if self.mixer is not None:
-            streams = streams.map(jnp.add, self.mixer(*self._mixer_inputs(streams, context), context))
+            streams = streams.map(jnp.add, self.mix(streams, context))
         streams = streams.map(lambda x: x + self.mlp(self.mlp_norm(x)))
         return streams.map(lambda x: constrain(x, RESIDUAL))
+
+    def mix(self, streams: Streams, context: Context) -> Streams:
+        """What the mixer adds to each stream that enters this layer."""
+        assert self.mixer is not None
+        return self.mixer(*self._mixer_inputs(streams, context), context)
 
     def extend(
         self, h: jax.Array, cache: Any, constants: Any, context: Context, start: int | jax.Array
@@ -119,16 +125,29 @@ class Stack(nnx.Module):
             ]
         )
 
-    def __call__(self, streams: Streams, context: Context, record: Record | None = None) -> tuple[Streams, list[Any]]:
-        """Runs all layers. Returns the streams and, per layer in order, what `record` read off it."""
+    def __call__(
+        self, streams: Streams, context: Context, record: Record | None = None, given: list[Any] | None = None
+    ) -> tuple[Streams, list[Any]]:
+        """Runs all layers. Returns the streams and, per layer in order, what `record` read off it.
+
+        given: for each layer in order what `record` is handed for it, a pytree of arrays or None, alike in structure
+        and shapes where layers are of one variant.
+        """
         plan = self.config.plan
+        where = slots(plan)
         recorded: list[Any] = []
         for s, (segment, blocks) in enumerate(zip(plan, self.segments, strict=True)):
             if not any(fixed_source(later.unit) for later in plan[s:]):
                 streams = Streams(streams.h, None)  # no layer reads x any more
-            streams, records = _run_segment(blocks, segment.repeats, streams, context, record, self.config.remat)
+            handed = tuple(
+                [] if given is None else [_stacked([given[i] for i, w in enumerate(where) if w[:2] == (s, position)])]
+                for position in range(len(segment.unit))
+            )
+            streams, records = _run_segment(
+                blocks, segment.repeats, streams, context, record, handed, self.config.remat
+            )
             recorded.append(records)
-        return streams, [layer_state(recorded[s][position], repeat) for s, position, repeat in slots(plan)]
+        return streams, [layer_state(recorded[s][position], repeat) for s, position, repeat in where]
 
     def extend(
         self,
@@ -153,30 +172,41 @@ class Stack(nnx.Module):
         return nnx.merge(graphdef, layer_state(nnx.to_pure_dict(state), repeat))
 
 
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
 def _run_segment(
-    blocks: nnx.List, repeats: int, streams: Streams, context: Context, record: Record | None, remat: bool
+    blocks: nnx.List,
+    repeats: int,
+    streams: Streams,
+    context: Context,
+    record: Record | None,
+    handed: tuple[list[Any], ...],
+    remat: bool,
 ) -> tuple[Streams, tuple[Any, ...]]:
+    """`handed`: what each layer of the unit is given beside the streams, with the repeats in front."""
     split = [nnx.split(block) for block in blocks]
     graphdefs = [graphdef for graphdef, _ in split]
     states = tuple(nnx.to_pure_dict(state) for _, state in split)
 
-    def apply(graphdef: Any, state: Any, streams: Streams, context: Context) -> tuple[Streams, Any]:
+    def apply(graphdef: Any, state: Any, streams: Streams, context: Context, own: list[Any]) -> tuple[Streams, Any]:
         block = nnx.merge(graphdef, state)
-        return block(streams, context), record(block, streams, context) if record else None
+        return block(streams, context), record(block, streams, context, *own) if record else None
 
     if remat:
         # Per layer, never per unit: a unit under one checkpoint would keep all its layers alive in the backward
         # pass. Inside a scan the loop itself prevents CSE from undoing it.
         apply = jax.checkpoint(apply, static_argnums=(0,), prevent_cse=repeats == 1)
 
-    def unit(streams: Streams, states: tuple[Any, ...]) -> tuple[Streams, tuple[Any, ...]]:
+    def unit(streams: Streams, of_layers: tuple[Any, Any]) -> tuple[Streams, tuple[Any, ...]]:
         records = []
-        for graphdef, state in zip(graphdefs, states, strict=True):
-            streams, seen = apply(graphdef, state, streams, context)
+        for graphdef, state, own in zip(graphdefs, *of_layers, strict=True):
+            streams, seen = apply(graphdef, state, streams, context, own)
             records.append(seen)
         return streams, tuple(records)
 
     if repeats > 1:
-        return jax.lax.scan(unit, streams, states)
-    streams, records = unit(streams, layer_state(states, 0))
+        return jax.lax.scan(unit, streams, (states, handed))
+    streams, records = unit(streams, layer_state((states, handed), 0))
     return streams, jax.tree.map(lambda x: x[None], records)

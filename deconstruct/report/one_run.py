@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+from deconstruct.config import Config
 from deconstruct.data.manifest import load_manifest
 from deconstruct.layout import replaced_layers
 from deconstruct.run.jsonl import read_jsonl
@@ -24,13 +26,11 @@ def report(workdir: str) -> str:
     ]
     if not logged or not evaluated:
         raise UserError(f"{workdir}: nothing to report yet; run `deconstruct train` and `deconstruct evaluate` first")
-    first, last = logged[0], logged[-1]
     manifest = load_manifest(config.data)
     replaced = len(replaced_layers(config.model.layers))
     lines = [
         f"{workdir}: {len(config.model.layers)} layers, {config.variant} in {replaced} of them ({config.layout})",
-        f"  training loss         {first['loss']:.3f} at step {first['step']}, "
-        f"{last['loss']:.3f} at step {last['step']} (chance: {math.log(config.model.vocab_size):.3f})",
+        *_losses(logged, config),
         f"  unigram perplexity    {manifest.unigram_perplexity:.1f} (guessing by frequency, same validation text)",
     ]
     latest = max(r["step"] for r in evaluated)
@@ -43,3 +43,16 @@ def report(workdir: str) -> str:
             f"({record['text']}, {record['tokens']:,} tokens, step {latest})"
         )
     return "\n".join(lines)
+
+
+def _losses(logged: list[dict[str, Any]], config: Config) -> list[str]:
+    """The first and the last of the run, and of each stage of distillation in it."""
+    lines = []
+    for stage in dict.fromkeys(record.get("stage", "") for record in logged):
+        own = [record for record in logged if record.get("stage", "") == stage]
+        first, last = own[0], own[-1]
+        name = f"loss of {stage} stage" if stage else "training loss"
+        chance = "" if stage else f" (chance: {math.log(config.model.vocab_size):.3f})"
+        ends = ", ".join(f"{record['loss']:.3f} at step {record['step']}" for record in (first, last))
+        lines.append(f"  {name:<21} {ends}{chance}")
+    return lines

@@ -20,6 +20,7 @@ retired checkpoints file by file in place, so that a crash leaves a half-deleted
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -208,6 +209,13 @@ def latest_step(folder: Any) -> int | None:
 def read_meta(folder: Any, step: int) -> dict[str, Any]:
     """The `meta` saved with `step`. Raises CheckpointGoneError, or CheckpointDamagedError."""
     return _read_meta(folder, step)[0]
+
+
+def fingerprint(folder: Any, step: int) -> str:
+    """What tells a checkpoint from every other: the sha256 of its meta, which holds the checksums of its arrays.
+    Raises CheckpointGoneError, or CheckpointDamagedError."""
+    folder = _require(folder, step)
+    return hashlib.sha256(_reading(folder, step, meta_file(folder, step).read_bytes)).hexdigest()
 
 
 def _read_meta(folder: Any, step: int) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:

@@ -42,6 +42,14 @@ from deconstruct.run.clock import Clock
 from deconstruct.run.session import Session, session
 from deconstruct.run.workdir import Workdir
 from deconstruct.train.ahead_of_time import lower_step
+from deconstruct.train.distillation import (
+    Stage,
+    Teacher,
+    find_teacher,
+    stage_of,
+    stages_from,
+    with_fresh_moments,
+)
 from deconstruct.train.optimizer import make_optimizer
 from deconstruct.train.report import Report, SkippedTooOftenError
 from deconstruct.train.resume import RunCheckpoints, check_same_run, latest_readable, make_meta
@@ -148,6 +156,14 @@ def _check_causal(config: Config) -> None:
             )
 
 
+def _of_step(stage: Stage) -> str:
+    return f"program of the step ({stage} stage)" if stage else "program of the step"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class Run:
     """One process's part in a run. Making it checks all that the user can have got wrong, and writes nothing."""
 
@@ -168,12 +184,29 @@ class Run:
         pipeline.Windows(config.data, "train", config.sequence_length)
         if meta is None:
             _check_causal(config)
-        with self.clock.measure("compile"):
-            self.lowered = lower_step(config, self.spec, mesh)
-        agree("program", lambda: {"program of the step": hashlib.sha256(self.lowered.as_text().encode()).hexdigest()})
+        self.teacher: Teacher | None = None
+        self.taught_by = meta.get("teacher") if meta is not None else None
+        self.lowered: dict[Stage, jax.stages.Lowered] = {}
+        self._lower(self.latest or 0)
         flops = accounting.train_flops(config.model, config.batch_size, config.sequence_length).needed
         peak = accounting.peak_flops(mesh.devices.flat[0])
         self.utilisation_per_rate = flops / (peak * mesh.size) if peak else None  # MFU at one step a second
+
+    def _lower(self, first: int) -> None:
+        """Finds the teacher and lowers the step of each stage after `first`, where that is not done yet."""
+        missing = [stage for stage in stages_from(self.config, first) if stage not in self.lowered]
+        if any(missing) and self.teacher is None:
+            self.teacher = find_teacher(
+                self.config, self.run_dir, self.manifest.tokenizer["sha256"], self.taught_by, self.mesh
+            )
+            identity = self.taught_by = self.teacher.identity
+            agree("teacher", lambda: {"config.distill.teacher": f"step {identity['step']}, {identity['fingerprint']}"})
+        with self.clock.measure("compile"):
+            for stage in missing:
+                teacher = self.teacher if stage else None
+                self.lowered[stage] = lower_step(self.config, self.spec, self.mesh, stage, teacher)
+        if missing:
+            agree("program", lambda: {_of_step(s): _sha256(self.lowered[s].as_text()) for s in missing})
 
     def is_done(self) -> bool:
         """Whether no step is left, which is said."""
@@ -186,9 +219,15 @@ class Run:
         config = self.config
         checkpoints = RunCheckpoints(writer, self.run_dir.checkpoints, self.spec, config)
         state, first = self._start(checkpoints)
+        self._lower(first)  # the latest checkpoint may have been damaged, and one before it be an earlier stage's
+        stages = stages_from(config, first)
+        compiled = {}
+        for stage in stages:
+            watchdog.fed()
+            with self.clock.measure("compile"):
+                compiled[stage] = self.lowered[stage].compile()
         watchdog.fed()
-        with self.clock.measure("compile"):
-            compiled = self.lowered.compile()
+        taught = self._teachers_arrays() if any(stages) else ()
         agree("compiled", dict)  # from here on they wait for each other without a limit
         turn.begin(first)
         pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -202,8 +241,13 @@ class Run:
                 watchdog.fed()
                 with self.clock.measure("data"):
                     rows = self._to_devices(next(batches))
+                stage = stage_of(config.distill, step)
+                if step - 1 == config.distill.mixer_steps > 0:
+                    state = self._after_mixers(state)
+                if not stage:
+                    taught = ()  # their memory is free again
                 with self.clock.measure("step"):
-                    state, metrics = compiled(state, rows)
+                    state, metrics = compiled[stage](state, rows, *taught)
                     if pending:
                         report(*pending)
                 pending = (step, metrics)
@@ -229,6 +273,15 @@ class Run:
         if status == STOPPED:
             log.info("saved step %d; run the same command to go on", step)
         return status
+
+    def _teachers_arrays(self) -> tuple[Any, ...]:
+        assert self.teacher is not None
+        log.info("learning from step %d of %s", self.teacher.step, self.teacher.run_dir.folder)
+        with self.clock.measure("restore"):
+            return (self.teacher.load(self.mesh),)
+
+    def _after_mixers(self, state: TrainState) -> TrainState:
+        return jax.jit(with_fresh_moments, donate_argnums=0, out_shardings=self.spec.shardings)(state)
 
     def _start(self, checkpoints: RunCheckpoints) -> tuple[TrainState, int]:
         """The state to go on from, and the step it is at."""
@@ -321,4 +374,6 @@ class Run:
         return jax.make_array_from_process_local_data(self.rows, rows, shape)
 
     def _meta(self, step: int) -> dict[str, Any]:
-        return make_meta(self.config, step, self.manifest.fingerprint, self.manifest.tokenizer["sha256"])
+        return make_meta(
+            self.config, step, self.manifest.fingerprint, self.manifest.tokenizer["sha256"], self.taught_by
+        )

@@ -27,8 +27,9 @@ class Progress:
 
     def report(self, step: int, record: dict[str, Any]) -> None:
         """Shows a logged record."""
+        what = f"{record['stage']} loss" if "stage" in record else "loss"
         parts = [
-            "loss not finite" if record["loss"] is None else f"loss {record['loss']:.4f}",
+            f"{what} not finite" if record["loss"] is None else f"{what} {record['loss']:.4f}",
             f"{record['tokens_per_second']:,.0f} tokens/s",
         ]
         if "mfu" in record:

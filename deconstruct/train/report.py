@@ -16,6 +16,7 @@ from deconstruct.run.clock import Clock
 from deconstruct.run.jsonl import append_jsonl
 from deconstruct.run.metric_writer import MetricWriter
 from deconstruct.run.workdir import Workdir
+from deconstruct.train.distillation import stage_of
 from deconstruct.train.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -77,8 +78,11 @@ class Report:
         rate = (step - self._logged) / (now - self._time)  # steps a second
         self._logged, self._time = step, now
         tokens_per_second = rate * self._config.batch_size * self._config.sequence_length
-        record: dict[str, Any] = {"step": step, **_as_json(values), "tokens_per_second": round(tokens_per_second, 1)}
-        if self._utilisation_per_rate is not None:
+        stage = stage_of(self._config.distill, step)
+        named = {"stage": stage} if stage else {}
+        record: dict[str, Any] = {"step": step, **named, **_as_json(values)}
+        record["tokens_per_second"] = round(tokens_per_second, 1)
+        if self._utilisation_per_rate is not None and not stage:  # the FLOPs of an ordinary step
             record["mfu"] = round(rate * self._utilisation_per_rate, 4)
         record["seconds"] = self._clock.take()
         if self._out:

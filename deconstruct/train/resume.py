@@ -28,16 +28,26 @@ FREE_MODEL_KEYS = ("dtype", "impl", "scan", "remat", "init_std", "fixed_std", "f
 RESOLVED_MODEL_KEYS = {"num_kv_heads": "kv_heads", "head_dim": "head_size"}
 # With the data's fingerprint these determine every batch.
 DATA_KEYS = ("seed", "batch_size", "sequence_length")
+# With the teacher's checkpoint these determine every stage of distillation.
+DISTILL_KEYS = ("mixer_steps", "logit_steps", "temperature")
 
 
-def make_meta(config: Config, step: int, data_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint says of itself. `data.position` counts the training windows consumed."""
+def make_meta(
+    config: Config,
+    step: int,
+    data_fingerprint: str,
+    tokenizer_fingerprint: str,
+    teacher: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint says of itself. `data.position` counts the training windows consumed; `teacher` is the
+    checkpoint that the run has learned from, if there is one."""
     return {
         "step": step,
         "config": config.to_dict(),
         "layout": list(config.model.layers),
         "tokenizer": tokenizer_fingerprint,
         "data": {"fingerprint": data_fingerprint, "position": step * config.batch_size},
+        **({} if teacher is None else {"teacher": teacher}),
     }
 
 
@@ -70,6 +80,9 @@ def check_same_run(config: Config, meta: dict[str, Any], data_fingerprint: str, 
         for key, resolved in RESOLVED_MODEL_KEYS.items()
     ]
     differing += [("border_loss", config.border_loss, saved.border_loss)] if trained else []
+    differing += [
+        (f"distill.{key}", getattr(config.distill, key), getattr(saved.distill, key)) for key in DISTILL_KEYS if trained
+    ]
     differing.append(("extensions", config.code, saved.code))
     for key, now, before in differing:
         if now != before:

@@ -83,6 +83,39 @@ def test_the_verb_draws_curves_of_runs(tmp_path, capsys):
     assert output.read_text().count("<svg") == 1
 
 
+def test_perplexity_over_steps_beside_a_run_of_one_point(tmp_path, capsys):
+    def evaluated(name, values, **top):
+        folder = written_run(tmp_path / name, [], **top)
+        records = [
+            {
+                "step": step,
+                "task": "perplexity",
+                "metric": "perplexity",
+                "value": value,
+                "skip": skip,
+                "context": context,
+            }
+            for step, context, skip, value in values
+        ]
+        lines = [json.dumps({**r, "text": "validation", "windows": "non-overlapping"}) + "\n" for r in records]
+        Workdir(folder).evaluations.write_text("".join(lines))
+        return folder
+
+    one = evaluated("one", [(4, 8, "", 30.0), (0, 8, "", 90.0), (0, 4, "", 95.0), (4, 8, "mixer", 1.0)], variant="mlp")
+    original = evaluated("original", [(7, 8, "", 20.0)])
+    words = ["draw", "perplexity", f"--workdir={one}", f"--workdir={original}"]
+    assert cli.main([*words, f"--output={tmp_path / 'a.png'}"]) == 0
+    (axis,) = plt.gcf().axes
+    assert {line.get_label(): list(line.get_ydata()) for line in axis.lines} == {
+        "mlp  30.00": [90.0, 30.0],
+        "standard  20.00": [20.0, 20.0],
+    }
+    assert axis.lines[1].get_linestyle() == "--" and "context 8" in axis.get_ylabel()
+    capsys.readouterr()
+    assert cli.main([*words, "--context=4", f"--output={tmp_path / 'b.png'}"]) == 2
+    assert "--context=4: not all runs were evaluated at it; all were at 8" in capsys.readouterr().err
+
+
 @pytest.mark.proof
 def test_the_verb_draws_the_maps_of_a_run(fixed, tmp_path, capsys):  # noqa: F811
     words = ["draw", "maps", f"--workdir={fixed}", "--text=fog under the sea"]
