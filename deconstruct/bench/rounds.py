@@ -71,7 +71,7 @@ CASES = (
 def take_turns(contenders: Mapping[str, Round], rounds: int, what: str) -> dict[str, list[float]]:
     """Seconds of each contender's rounds, after one that is not counted (it compiles)."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    with tqdm(total=(rounds + 1) * len(contenders), desc=what, leave=False) as bar:
+    with tqdm(total=(rounds + 1) * len(contenders), desc=what, leave=False, disable=None) as bar:
         for number in range(rounds + 1):
             for name, contender in contenders.items():
                 bar.set_postfix_str(name)

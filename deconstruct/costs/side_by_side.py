@@ -35,7 +35,7 @@ def costs(config: ModelConfig, batch: int, length: int) -> dict[str, Any]:
     """
     config, names = programs.traceable(config), one_of_each()
     rows = []
-    with tqdm(total=len(names) + 1, desc="compiling", leave=False) as bar:
+    with tqdm(total=len(names) + 1, desc="compiling", leave=False, disable=None) as bar:
         for name in names:
             bar.set_postfix_str(name)
             rows.append(layer_costs(config, name, batch, length))

@@ -1,7 +1,8 @@
-"""How far a run is: a bar on a terminal, plain lines elsewhere."""
+"""How far a run is: a bar on a terminal, elsewhere lines that are logged, which a notebook sees only if it asks."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import Any
@@ -11,9 +12,11 @@ from tqdm import tqdm
 from deconstruct.distributed import runtime
 from deconstruct.duration import clock
 
+log = logging.getLogger(__name__)
+
 
 class Progress:
-    """Shows loss, tokens/s, MFU and the time left, on process 0's standard error."""
+    """Shows loss, tokens/s, MFU and the time left, on process 0."""
 
     def __init__(self, first: int, steps: int):
         self._first, self._steps, self._started = first, steps, time.perf_counter()
@@ -38,7 +41,7 @@ class Progress:
         self.advance(step)
         if self._lines:
             left = (time.perf_counter() - self._started) / (step - self._first) * (self._steps - step)
-            print(f"step {step}/{self._steps}: {', '.join(parts)}, {clock(left)} left", file=sys.stderr, flush=True)
+            log.info("step %d/%d: %s, %s left", step, self._steps, ", ".join(parts), clock(left))
 
     def close(self) -> None:
         self._bar.close()
