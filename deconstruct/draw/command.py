@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from deconstruct.run.jsonl import read_jsonl
@@ -60,10 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("pictures need matplotlib, which is not installed; the extra `plot` has it")
-    import matplotlib
     from matplotlib.backend_bases import FigureCanvasBase
 
-    matplotlib.use("agg")  # a file is written, whatever screen there is
     if epath.Path(arguments.output).suffix.removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
         raise UserError(f"--output={arguments.output}: expected a name that ends in .png, .svg or .pdf")
     for name in MAPS_ONLY:
@@ -119,10 +116,10 @@ def _perplexity(runs: list[Workdir], names: list[str], context: int | None) -> A
 
 
 def _maps(runs: list[Workdir], names: list[str], arguments: argparse.Namespace) -> Any:
-    from deconstruct.draw.maps import draw_maps
+    from deconstruct.draw.maps import draw_maps, read_maps
 
-    read = [_read_maps(run_dir, arguments) for run_dir in runs]
-    tokens = read[0][0]
+    read = [read_maps(run_dir.folder, arguments.text, arguments.step) for run_dir in runs]
+    tokens = read[0].tokens
     for run_dir, (own, _) in zip(runs, read, strict=True):
         if own != tokens:
             raise UserError(f"--workdir={run_dir.folder}: its tokenizer cuts the text in another way; draw it alone")
@@ -139,21 +136,6 @@ def _maps(runs: list[Workdir], names: list[str], arguments: argparse.Namespace) 
         panels = [panel for row in rows for panel in row]
         rows = [panels[i : i + arguments.columns] for i in range(0, len(panels), arguments.columns)]
     return draw_maps(rows, tokens)
-
-
-def _read_maps(run_dir: Workdir, arguments: argparse.Namespace) -> tuple[list[str], list[Any]]:
-    """The tokens of the text, and each layer's map [heads, L, L] (None where nothing is mixed)."""
-    import jax
-    import jax.numpy as jnp
-
-    from deconstruct.run.restore import restore_model
-
-    step = run_dir.step(arguments.step)
-    text = run_dir.load_tokenizer(step)
-    model = restore_model(run_dir.folder, step)
-    ids = text.encode(arguments.text)
-    maps = jax.jit(lambda model, tokens: model.attention_maps(tokens))(model, jnp.array([ids]))
-    return [text.decode([i]) for i in ids], [None if of_layer is None else np.asarray(of_layer[0]) for of_layer in maps]
 
 
 def _panels(title: str, maps: Any, head: int | None, alone: bool) -> list[tuple[str, Any]]:

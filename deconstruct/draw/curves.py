@@ -32,14 +32,17 @@ def draw_perplexity(curves: Mapping[str, Sequence[tuple[int, float]]], context: 
         else:
             axis.plot(steps, values, ".-", linewidth=1.2, label=label)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.legend(fontsize=8, frameon=False)
     return figure
 
 
 def _axes(what: str) -> tuple[Figure, Any]:
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.add_subplot()
     axis.set_xlabel("step")
     axis.set_ylabel(what)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,11 +1,16 @@
-"""Attention maps as a picture: one panel a map, queries down, keys across, each position labelled with its token."""
+"""Attention maps of a run over a text, and as a picture: one panel a map, queries down, keys across, each position
+labelled with its token."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from deconstruct.run.workdir import Workdir
+from deconstruct.types import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,14 +23,41 @@ SIGNS = {" ": "·", "\n": "↵", "\t": "→", "$": r"\$"}  # a dollar sign would
 Panel = tuple[str, Any]  # title; map [L, L], or None where nothing is mixed
 
 
+class Maps(NamedTuple):
+    """Over a text: its L tokens, and of each layer the map float32 [heads, L, L], or None where nothing is mixed."""
+
+    tokens: list[str]
+    layers: list[Any]
+
+
+def read_maps(workdir: os.PathLike[str] | str, text: str, step: int | None = None) -> Maps:
+    """The maps of a run's checkpoint (default: the latest) over a text, in the tokens of its own tokenizer. Raises
+    UserError."""
+    import jax
+    import jax.numpy as jnp
+
+    from deconstruct.run.restore import restore_model
+
+    if not text:
+        raise UserError("read_maps: the text is empty; give at least one character")
+    run_dir = Workdir(workdir)
+    step = run_dir.step(step)
+    tokenizer = run_dir.load_tokenizer(step)
+    ids = tokenizer.encode(text)
+    model = restore_model(workdir, step)
+    maps = jax.jit(lambda model, tokens: model.attention_maps(tokens))(model, jnp.array([ids]))
+    pieces = [tokenizer.decode([i]) for i in ids]
+    return Maps(pieces, [None if of_layer is None else np.asarray(of_layer[0]) for of_layer in maps])
+
+
 def draw_maps(rows: Sequence[Sequence[Panel]], tokens: Sequence[str]) -> Figure:
     """A matplotlib figure of rows of panels. `tokens` are the L pieces of text; a space is shown as ·.
 
     All panels share one scale. A colour's depth follows the root of the weight, so that small weights are seen; where
     an entry is negative, as `taylor_diagonal` may have it, the weight itself, with one colour for either sign.
     """
-    import matplotlib.pyplot as plt
     from matplotlib.colors import Normalize, PowerNorm
+    from matplotlib.figure import Figure
 
     maps = [np.asarray(values) for row in rows for _, values in row if values is not None]
     most = max((float(np.abs(values).max()) for values in maps), default=1.0)
@@ -37,7 +69,7 @@ def draw_maps(rows: Sequence[Sequence[Panel]], tokens: Sequence[str]) -> Figure:
     columns, size = max(map(len, rows)), max(7, len(tokens)) * CELL
     width = LABELS + columns * (size + GAP) + SCALE
     height = LABELS + len(rows) * (size + TITLE)
-    figure = plt.figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height))
     names = [label(token) for token in tokens]
     image = None
     for i, row in enumerate(rows):
