@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from deconstruct.attention.registry import register_source as register_source
     from deconstruct.attention.source import FixedSource as FixedSource
     from deconstruct.attention.source import Source as Source
+    from deconstruct.costs.describe import describe as describe
+    from deconstruct.draw.curves import draw_curves as draw_curves
+    from deconstruct.draw.maps import draw_maps as draw_maps
+    from deconstruct.draw.maps import read_maps as read_maps
     from deconstruct.experiment import load_config as load_config
     from deconstruct.kernels.mask import Mask as Mask
     from deconstruct.kernels.reference import apply_weights as apply_weights
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
     from deconstruct.layers import constant_param as constant_param
     from deconstruct.layers import normal_param as normal_param
     from deconstruct.model.language_model import build_model as build_model
+    from deconstruct.notebook import compare_runs as compare_runs
+    from deconstruct.notebook import evaluate_run as evaluate_run
+    from deconstruct.notebook import prepare_text as prepare_text
+    from deconstruct.notebook import train_run as train_run
     from deconstruct.run.restore import restore_model as restore_model
     from deconstruct.types import Streams as Streams
     from deconstruct.types import UserError as UserError
@@ -39,6 +47,15 @@ _HOMES = {
     "load_config": "deconstruct.experiment",
     "build_model": "deconstruct.model.language_model",
     "restore_model": "deconstruct.run.restore",
+    # A study: text, runs, what they have learned and cost, and pictures of it.
+    "prepare_text": "deconstruct.notebook",
+    "train_run": "deconstruct.notebook",
+    "evaluate_run": "deconstruct.notebook",
+    "compare_runs": "deconstruct.notebook",
+    "describe": "deconstruct.costs.describe",
+    "read_maps": "deconstruct.draw.maps",
+    "draw_maps": "deconstruct.draw.maps",
+    "draw_curves": "deconstruct.draw.curves",
     # What forms, mixers and sources of one's own are built on, and whether they keep to their contract.
     "check": "deconstruct.attention.check",
     "register_form": "deconstruct.attention.registry",

@@ -28,6 +28,7 @@ FLOORS = [
     {"train", "evaluate", "interop", "generation", "draw"},
     {"bench", "compile", "compare"},
     {"report"},
+    {"notebook"},
     {"cli"},
     {"__main__"},
 ]
