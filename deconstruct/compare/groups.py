@@ -18,8 +18,8 @@ CARRIED_OUT = (
     *("seed", "checkpoint_every", "log_every", "accumulation", "mesh.", "checkpoint.", "faults."),
     *("model.remat", "model.scan"),
 )
-# Keys that are filled in where a variant reads them, and stay at their defaults where none does.
-FILLED_IN = ("model.fixed_length", "model.end_of_text")
+# Keys that are given where a variant reads them, and stay at their defaults where none does.
+FILLED_IN = ("model.fixed_length", "model.end_of_text", "extensions")
 
 
 class Run(NamedTuple):

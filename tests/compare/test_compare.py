@@ -193,6 +193,14 @@ def test_mistakes(runs, tmp_path, capsys):
     assert refused(twin, other).startswith("nothing was measured of all runs alike; `deconstruct evaluate --workdir=")
 
 
+def test_a_file_that_one_variant_needs_makes_no_group_of_its_own(tmp_path, capsys):
+    made_run(tmp_path / "a", losses=losses(0))
+    made_run(tmp_path / "b", losses=losses(1), variant="temperature", extensions="examples/temperature.py")
+    text = compared(capsys, tmp_path)
+    assert "2 runs in 2 groups, which differ in variant;" in text
+    assert cells(text, "temperature", 0)[:2] == ["temperature", "1"]
+
+
 def test_another_text_is_not_paired(runs, tmp_path, capsys):
     import gzip
 
