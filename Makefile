@@ -8,7 +8,7 @@ AOT := $(VENV)/aot-$(VERSION)
 LAUNCHERS := $(VENV)/launchers
 DECONSTRUCT := $(VENV)/bin/deconstruct
 
-.PHONY: quickstart test proof slurm lint table peers clean
+.PHONY: quickstart test proof slurm lint table peers notebooks clean
 
 quickstart: $(INSTALLED)
 	$(DECONSTRUCT) prepare --output=prepared/quickstart --vocab-size=1024 --row-length=256 --max-characters=4000000
@@ -35,6 +35,10 @@ table: $(INSTALLED)
 	  $(DECONSTRUCT) evaluate --workdir=runs/table/$$run --contexts=16,64,256; \
 	done
 	$(DECONSTRUCT) table runs/table
+
+# Runs the notebooks and keeps their pictures. Some minutes each on two cores.
+notebooks: $(INSTALLED)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python notebooks/render.py
 
 # Speed beside Hugging Face transformers, in one run each.
 peers: $(INSTALLED) $(PEERS)

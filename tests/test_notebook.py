@@ -8,73 +8,80 @@ import pytest
 import deconstruct as dc
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.run.workdir import Workdir
-from tests.evaluate.conftest import prepared  # noqa: F401  a fixture
+from tests.evaluate.conftest import prepared, trained  # noqa: F401  fixtures
 from tests.need import need
 from tests.tiny import tiny_config
 
+TEXT = "fog sea ship"
 
-def small(data, **changes):
-    changes = {"steps": 2, "sequence_length": 32, "data": str(data), **changes}
-    return tiny_config({"vocab_size": 0, "num_layers": 2}, **changes)
+
+def small(data):
+    return tiny_config({"vocab_size": 0, "num_layers": 1}, data=str(data), variant="mlp", steps=2, sequence_length=16)
 
 
 @pytest.fixture(scope="module")
-def runs(prepared, tmp_path_factory):  # noqa: F811
-    """Two variants, each trained for two steps by `dc.train_run`."""
-    folder = tmp_path_factory.mktemp("runs")
-    for variant in ("standard", "mlp"):
-        curve = dc.train_run(small(prepared, variant=variant), folder / variant)
-        assert [step for step, _ in curve] == [1, 2] and all(loss > 0 for _, loss in curve)
-    return folder
+def run(prepared, tmp_path_factory):  # noqa: F811
+    """The smallest there is, for what a run leaves behind; without a map."""
+    workdir = tmp_path_factory.mktemp("run") / "mlp"
+    curve = dc.train_run(small(prepared), workdir)
+    assert [step for step, _ in curve] == [1, 2] and all(loss > 0 for _, loss in curve)
+    return workdir
 
 
-def test_a_run_that_is_done_gives_its_curve_again(runs, prepared):  # noqa: F811
-    before = read_jsonl(Workdir(runs / "mlp").metrics)
-    assert dc.train_run(small(prepared, variant="mlp"), runs / "mlp") == [(r["step"], r["loss"]) for r in before]
-    assert read_jsonl(Workdir(runs / "mlp").metrics) == before
+def test_a_run_that_is_done_gives_its_curve_again(run, prepared):  # noqa: F811
+    before = read_jsonl(Workdir(run).metrics)
+    assert dc.train_run(small(prepared), run) == [(r["step"], r["loss"]) for r in before]
+    assert read_jsonl(Workdir(run).metrics) == before
 
 
-def test_what_is_measured_comes_back_and_stands_in_the_ledger(runs):
+def test_what_is_measured_comes_back_and_stands_in_the_ledger(run):
+    records = dc.evaluate_run(run, contexts="8")
+    assert records == read_jsonl(Workdir(run).evaluations)
+    assert [(r["step"], r["metric"], r["context"]) for r in records] == [(2, "nll", 8), (2, "perplexity", 8)]
+    assert dc.evaluate_run(run, contexts="8") == records  # not measured again
+    assert dc.read_maps(run, TEXT).layers == [None]
+
+
+def test_maps_are_the_models_own_with_the_tokens_of_its_text(trained):  # noqa: F811
+    maps = dc.read_maps(trained, TEXT, step=4)
+    assert "".join(maps.tokens).split() == TEXT.split()
+    ids = Workdir(trained).load_tokenizer(4).encode(TEXT)
+    wanted = dc.restore_model(trained, step=4).attention_maps(np.array([ids]))
+    for ours, theirs in zip(maps.layers, wanted, strict=True):
+        assert ours.shape == (4, len(ids), len(ids))
+        np.testing.assert_allclose(ours, theirs[0], atol=1e-6)  # one compiled, the other not
+
+
+def test_groups_are_compared_in_every_measure(tmp_path):
     need("scipy", "statsmodels", extra="compare")
-    for variant in ("standard", "mlp"):
-        records = dc.evaluate_run(runs / variant, contexts="8,32")
-        assert records == read_jsonl(Workdir(runs / variant).evaluations)
-        assert [(r["metric"], r["context"]) for r in records if r["metric"] == "nll"] == [("nll", 8), ("nll", 32)]
-        assert dc.evaluate_run(runs / variant, contexts="8,32") == records  # not measured again
-    comparisons = dc.compare_runs(runs)
-    assert [one.measure.get("context") for one in comparisons] == [8, 32]
-    rows = {row.group.config.variant: row for row in comparisons[1].rows}
-    assert comparisons[1].baseline is rows["standard"].group
-    wanted = [r["value"] for r in dc.evaluate_run(runs / "mlp") if (r["metric"], r["context"]) == ("nll", 32)]
-    assert rows["mlp"].scores.mean == pytest.approx(wanted[0], abs=1e-4)  # items are kept to four digits
-    assert [one.baseline.config.variant for one in dc.compare_runs([runs], baseline="variant=mlp")] == ["mlp"] * 2
+    from tests.compare.made_runs import made_run
+
+    for variant, loss in (("standard", 3.0), ("mlp", 3.5)):
+        for context, gain in ((8, 0.0), (16, 0.25)):
+            made_run(tmp_path / variant, losses=loss - gain, context=context, variant=variant)
+    comparisons = dc.compare_runs(tmp_path)
+    assert [one.measure.get("context") for one in comparisons] == [8, 16]
+    assert [(row.group.config.variant, row.scores.mean) for row in comparisons[1].rows] == [
+        ("standard", pytest.approx(2.75)),
+        ("mlp", pytest.approx(3.25)),
+    ]
+    folders = [tmp_path / "mlp", tmp_path / "standard"]
+    assert dc.compare_runs(folders, baseline="variant=mlp")[0].baseline.config.variant == "mlp"
+    with pytest.raises(dc.UserError, match="compare_runs: match='time'; expected one of end, steps"):
+        dc.compare_runs(folders, match="time")
 
 
-def test_maps_are_the_models_own_with_the_tokens_of_its_text(runs):
-    text = "fog sea ship"
-    maps = dc.read_maps(runs / "standard", text)
-    assert "".join(maps.tokens).split() == text.split()
-    model = dc.restore_model(runs / "standard")
-    tokenizer = Workdir(runs / "standard").load_tokenizer(2)
-    for ours, theirs in zip(maps.layers, model.attention_maps(np.array([tokenizer.encode(text)])), strict=True):
-        assert ours.shape == (4, len(maps.tokens), len(maps.tokens))
-        np.testing.assert_allclose(ours, theirs[0], atol=1e-6)  # compiled, and not
-    assert dc.read_maps(runs / "mlp", text).layers == [None, None]
-
-
-def test_prepared_text_is_that_of_the_verb(prepared, tmp_path):  # noqa: F811
+def test_prepared_text_is_that_of_the_verb(tmp_path):
     (tmp_path / "a.txt").write_text("fog and sea\n" * 400)
     options = {"vocab_size": 280, "row_length": 16, "validation_fraction": 0.2, "workers": 1}
     manifest = dc.prepare_text(tmp_path / "out", input=(str(tmp_path / "a.txt"),), **options)
     assert manifest["row_length"] == 16 and math.isfinite(manifest["unigram_perplexity"])
 
 
-def test_what_is_wrong_is_said(runs, tmp_path):
+def test_what_is_wrong_is_said(run, tmp_path):
     with pytest.raises(dc.UserError, match="prepare_text: there is no option vocabulary; options are output, input"):
         dc.prepare_text(tmp_path, vocabulary=8)
     with pytest.raises(dc.UserError, match="evaluate_run: perplexity has no option context; options are contexts"):
-        dc.evaluate_run(runs / "mlp", context=8)
-    with pytest.raises(dc.UserError, match="compare_runs: match='time'; expected one of end, steps"):
-        dc.compare_runs(runs, match="time")
+        dc.evaluate_run(run, context=8)
     with pytest.raises(dc.UserError, match="the text is empty"):
-        dc.read_maps(runs / "mlp", "")
+        dc.read_maps(run, "")

@@ -1,77 +1,151 @@
-"""The notebooks: valid files without outputs, whose cells run in order and come to the results they tell of.
+"""The notebooks: pairs that agree, with pictures, whose cells run in order and come to what they tell of.
 
-Each runs in a process of its own, because a form registered in one must not be there in the next.
+Each runs in a kernel of its own, in a copy of its folder, for fewer steps than what is stored.
 """
 
+import importlib.util
 import json
-import os
-import subprocess
-import sys
+import re
+import shutil
 from pathlib import Path
 
+import jupytext
 import nbformat
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LIMIT = 300  # seconds; one takes 20 on a free core
-
-RUN = """
-import json, sys
-cells = json.load(open(sys.argv[1], encoding="utf-8"))["cells"]
-names = {"__name__": "__main__"}
-for number, cell in enumerate(cells):
-    if cell["cell_type"] == "code":
-        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
-json.dump({name: names[name] for name in sys.argv[3:]}, open(sys.argv[2], "w"))
-"""
+MOST = 300_000  # bytes of a notebook
+STEPS = 40  # of the trained models, where what is stored had 300
 
 
-def run_notebook(name, results, *variables):
-    """Runs a notebook in its own folder, as a notebook server would; the values of some of its variables."""
-    command = [sys.executable, "-c", RUN, str(ROOT / "notebooks" / f"{name}.ipynb"), str(results), *variables]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "STEPS": "40"}
-    done = subprocess.run(
-        command, cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True, timeout=LIMIT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(results.read_text())
+def load_render():
+    spec = importlib.util.spec_from_file_location("render_notebooks", ROOT / "notebooks" / "render.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_valid_and_holds_no_output(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert code
-    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+render = load_render()
+every_notebook = pytest.mark.parametrize("name", render.NAMES)
+
+
+def stored(name):
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def outputs(name):
+    return [output for cell in stored(name).cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def said(name):
+    """All text that is stored as output."""
+    found = []
+    for output in outputs(name):
+        data = output.get("data", {})
+        found += [output.get("text", ""), data.get("text/plain", ""), data.get("text/markdown", "")]
+    return "\n".join(found)
+
+
+def test_all_of_them_are_rendered():
+    files = (ROOT / "notebooks").iterdir()
+    pairs = sorted(f.name for f in files if f.suffix in (".py", ".ipynb") and f.name != "render.py")
+    assert pairs == sorted(f"{name}.{end}" for name in render.NAMES for end in ("py", "ipynb"))
+
+
+@every_notebook
+def test_a_notebook_and_its_script_agree(name):
+    """What is read, and what is shown."""
+    nbformat.validate(stored(name))
+    script = jupytext.read(ROOT / "notebooks" / f"{name}.py")
+    cells = [(cell.cell_type, cell.source) for cell in stored(name).cells]
+    assert cells == [(cell.cell_type, cell.source) for cell in script.cells], "make notebooks renders them again"
+
+
+@every_notebook
+def test_what_is_stored_was_run_and_shows_nothing_of_its_machine(name):
+    code = [cell for cell in stored(name).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [o for o in outputs(name) if o.output_type == "error" or o.get("name") == "stderr"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs(name)) >= 3
+    assert not re.findall(r"/(?:home|root|tmp|work|usr)/|\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d|[Ww]arning", said(name))
+    assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size < MOST
+
+
+@every_notebook
+def test_figures_in_the_prose_are_those_of_the_outputs(name):
+    """Numbers with a decimal point, and percentages, stand in what the cells have printed."""
+    prose = "\n".join(cell.source for cell in stored(name).cells if cell.cell_type == "markdown")
+    prose = re.sub(r"\$.*?\$|`.*?`|\(.*?\)", "", prose, flags=re.DOTALL)
+    told = set(re.findall(r"(?<![\d.])-?\d[\d,]*\.\d+|\d+(?= ?%)", prose))
+    printed = set(re.findall(r"-?\d[\d,]*\.?\d*", said(name)))
+    assert "TODO" not in prose and not told - printed
+
+
+def run_notebook(name, folder, *variables):
+    """Runs NAME.py beside a copy of the configurations; the values of some of its variables."""
+    (folder / "notebooks").mkdir(exist_ok=True)
+    shutil.copytree(ROOT / "configs", folder / "configs", dirs_exist_ok=True)
+    values = ", ".join(f"{variable!r}: {variable}" for variable in variables)
+    last = f"\n# %%\nimport json\n\nprint(json.dumps({{{values}}}, default=lambda x: x.tolist()))\n"
+    source = folder / "notebooks" / f"{name}.py"
+    source.write_text((ROOT / "notebooks" / f"{name}.py").read_text() + last)
+    return json.loads(render.execute(source).cells[-1].outputs[0].text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all: they share the text, and a run that two of them train."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setenv("STEPS", str(STEPS))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 @pytest.mark.proof
-def test_variants_depend_on_what_the_paper_says(tmp_path):
-    results = run_notebook("variants", tmp_path / "results.json", "summary", "final")
-    assert all(loss < 3.2 for loss in results["final"].values()), results["final"]  # log(256) = 5.5
-    summary = results["summary"]
-    assert len({facts["parameters"] for facts in summary.values()}) == 1  # 3 divides the hidden size: mlp is exact too
-    depends = {
-        name: [facts[on] for on in ("key alone", "input", "hidden states")]
-        for name, facts in summary.items()
-        if name != "mlp"
+def test_new_form(folder):
+    found = run_notebook("new_form", folder, "checked.passed", "parameters", "powers")
+    assert found["checked.passed"]
+    assert {name: n - found["parameters"]["standard"] for name, n in found["parameters"].items()} == {
+        "standard": 0,
+        "approximate": 0,
+        "student_t": 4 * 4,  # a power for each head of each layer
     }
-    assert depends == {
-        "standard": [False, True, True],
-        "approximate": [False, True, True],
-        "non_approximate": [True, True, True],
-        "rnd_emb_qk": [False, False, True],
-        "fixed_seq_qk": [False, False, True],
-        "static_emb_qk": [False, True, False],
-    }
-    assert all(facts["rows sum to one"] for name, facts in summary.items() if name != "mlp")
+    powers = np.array(list(found["powers"].values()))
+    assert powers.shape == (2, 4, 4) and (powers > 0).all() and powers.std() > 0.01  # they have moved from 1
 
 
 @pytest.mark.proof
-def test_a_new_form_trains_in_a_notebook(tmp_path):
-    results = run_notebook("new_form", tmp_path / "results.json", "losses", "difference", "passed")
-    losses = results["losses"]
-    assert losses[0] > 5.3 and losses[-1] < 2.5, losses[::10]  # log(256) = 5.5
-    assert results["difference"] == 2 * 4 and results["passed"]  # a scale for each head of each layer
+def test_look_inside(folder):
+    found = run_notebook("look_inside", folder, "sums", "depends", "curves", "effective")
+    for variant, losses in found["curves"].items():
+        assert losses[0][1] > 6 and losses[-1][1] < 5.6, variant  # log(512) = 6.2
+    for variant, (least, most) in found["sums"].items():
+        one = variant != "hidden/gated_delta"
+        assert (abs(least - 1) < 1e-4 and abs(most - 1) < 1e-4) == one, variant
+    assert min(np.min(layer) for layer in found["effective"]) < 0
+    assert found["depends"] == {
+        "standard": [False, False],
+        "static_emb_qk": [False, True],
+        "non_approximate": [True, False],
+        "hidden/gated_delta": [False, False],
+    }
+
+
+@pytest.mark.proof
+def test_layouts_and_costs(folder):
+    found = run_notebook("layouts_and_costs", folder, "replaced", "crossings", "cache", "ratios", "described")
+
+
+@pytest.mark.proof
+def test_surgery(folder):
+    found = run_notebook("surgery", folder, "original", "after", "trained", "scratch")
+    assert found["after"].keys() < found["trained"].keys()
+    for name, value in found["after"].items():
+        assert value > found["original"], name
+        assert found["trained"][name] < value, name
