@@ -6,6 +6,8 @@ They are offered by `deconstruct` itself (`dc.train_run`), and import what they 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,7 +33,8 @@ def prepare_text(output: Folder, **options: Any) -> dict[str, Any]:
     if unknown:
         known = ", ".join(PrepareOptions.__dataclass_fields__)
         raise UserError(f"prepare_text: there is no option {unknown[0]}; options are {known}")
-    return prepare(PrepareOptions(os.fspath(output), **options))
+    with contextlib.redirect_stderr(io.StringIO()):  # how far it is; what it found is in the manifest
+        return prepare(PrepareOptions(os.fspath(output), **options))
 
 
 def train_run(config: Config, workdir: Folder) -> list[tuple[int, float]]:
@@ -70,12 +73,9 @@ def evaluate_run(
             raise UserError(f"evaluate_run: {tasks} has no option {name}; options are {', '.join(sorted(known))}")
     run_dir = Workdir(workdir)
     step = run_dir.step(step)
-    evaluator = Evaluator(run_dir, MeshConfig(fsdp=1), own)
-    try:
+    with contextlib.closing(Evaluator(run_dir, MeshConfig(fsdp=1), own, quiet=True)) as evaluator:
         evaluator.evaluate_named([step])
         records = [record for one in evaluator.evaluations for record in evaluator.ledger.records(one)]
-    finally:
-        evaluator.close()
     return [record for record in records if record["step"] == step]
 
 

@@ -11,6 +11,7 @@
 # %%
 import os
 
+import matplotlib
 import numpy as np
 from IPython.display import Markdown
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from deconstruct.compare import plots, tables
 from deconstruct.compare.command import loss_curves
 
 # %matplotlib inline
+matplotlib.rcParams["figure.dpi"] = 80
 
 STEPS = int(os.environ.get("STEPS", 300))
 DATA, RUNS = "../prepared/notebooks", "../runs/notebooks"

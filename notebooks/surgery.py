@@ -10,11 +10,13 @@
 import os
 import shutil
 
+import matplotlib
 from matplotlib.figure import Figure
 
 import deconstruct as dc
 
 # %matplotlib inline
+matplotlib.rcParams["figure.dpi"] = 80
 
 STEPS = int(os.environ.get("STEPS", 300))
 DATA, RUNS = "../prepared/notebooks", "../runs/notebooks"

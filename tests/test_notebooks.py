@@ -139,7 +139,24 @@ def test_look_inside(folder):
 
 @pytest.mark.proof
 def test_layouts_and_costs(folder):
-    found = run_notebook("layouts_and_costs", folder, "replaced", "crossings", "cache", "ratios", "described")
+    found = run_notebook("layouts_and_costs", folder, "described", "ratios", "crossings", "cache", "counts", "measured")
+    for name, one in found["described"].items():  # MLPs take up what mixers add, to half a unit of their width
+        assert all(abs(difference) <= 3 * 896 / 2 for difference in one["difference_per_layer"]), name
+    assert found["crossings"] == {
+        "approximate": 4544,
+        "non_approximate": 64,
+        "mlp": 64,
+        "hidden/window(size=256)": 320,
+        "hidden/gated_delta": 384,
+    }
+    for name, of in found["cache"].items():
+        grows = name == "standard"
+        assert (of[-1] == 512 * of[0]) if grows else (of[-1] == of[0]), name
+    ends = {name: row["ratio"][-1]["median"] for name, row in found["measured"]["variants"].items()}
+    assert ends.pop("standard") == 1 and all(ratio < 0.5 for ratio in ends.values()), ends  # 0.06 to 0.13 by the count
+    assert all(
+        row[-1] < 0.2 * found["counts"]["standard"][-1] for name, row in found["counts"].items() if name != "standard"
+    )
 
 
 @pytest.mark.proof

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,9 +28,13 @@ CONTEXTS = (256, 1024, 4096, 16384)
 STEPS = 8
 
 
-def context_speed(case: Case, rounds: int, contexts: tuple[int, ...] = CONTEXTS) -> dict[str, Any]:
-    """One sequence, one model per variant, uniform; in each round all variants decode STEPS tokens at one context."""
-    configs = {name: dataclasses.replace(case.config(name).model, fixed_length=max(contexts)) for name in one_of_each()}
+def context_speed(
+    case: Case, rounds: int, contexts: tuple[int, ...] = CONTEXTS, variants: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One sequence, one model per variant, uniform; in each round all variants decode STEPS tokens at one context.
+    `variants`: standard and others (default: every one there is)."""
+    names = variants or one_of_each()
+    configs = {name: dataclasses.replace(case.config(name).model, fixed_length=max(contexts)) for name in names}
     rows: dict[str, dict[str, Any]] = {
         name: {"milliseconds": [], "ratio": [], "cache_bytes": [], "paper_cache_bytes": []} for name in configs
     }

@@ -97,12 +97,13 @@ class Evaluator:
         options: dict[str, argparse.Namespace],
         skip: Skip = "",
         trust: extensions.Trust = extensions.NOTHING,
+        quiet: bool = False,
     ):
-        """`options`: of each task. `trust`: what code of the run's own may be run."""
+        """`options`: of each task. `trust`: what code of the run's own may be run. `quiet`: nothing is printed."""
         config = run_dir.read_config()
         extensions.load(run_dir, config, trust)
         skipped(config.model, skip)  # refuses what cannot be skipped before anything is loaded
-        self.run_dir, self.skip = run_dir, skip
+        self.run_dir, self.skip, self.quiet = run_dir, skip, quiet
         self.mesh = mesh_for(config.model, mesh, key="--mesh")
         subject = Subject(run_dir, config, self.mesh)
         self.evaluations = [make_evaluation(task, subject, own) for task, own in options.items()]
@@ -139,7 +140,8 @@ class Evaluator:
                 found = list(evaluation.measure(model, setting))
             records = self.ledger.add(step, evaluation, setting, found)
             self.curves.add(evaluation, records)
-            print(f"step {step}  {evaluation.line(records)}", flush=True)
+            if not self.quiet:
+                print(f"step {step}  {evaluation.line(records)}", flush=True)
 
     def close(self) -> None:
         self.curves.close()
