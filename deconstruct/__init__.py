@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deconstruct.attention.source import Source as Source
     from deconstruct.costs.describe import describe as describe
     from deconstruct.draw.curves import draw_curves as draw_curves
+    from deconstruct.draw.curves import draw_perplexity as draw_perplexity
     from deconstruct.draw.maps import draw_maps as draw_maps
     from deconstruct.draw.maps import read_maps as read_maps
     from deconstruct.experiment import load_config as load_config
@@ -56,6 +57,7 @@ _HOMES = {
     "read_maps": "deconstruct.draw.maps",
     "draw_maps": "deconstruct.draw.maps",
     "draw_curves": "deconstruct.draw.curves",
+    "draw_perplexity": "deconstruct.draw.curves",
     # What forms, mixers and sources of one's own are built on, and whether they keep to their contract.
     "check": "deconstruct.attention.check",
     "register_form": "deconstruct.attention.registry",

@@ -38,18 +38,19 @@ def prepare_text(output: Folder, **options: Any) -> dict[str, Any]:
 
 
 def train_run(config: Config, workdir: Folder) -> list[tuple[int, float]]:
-    """Trains, or resumes, a run to `config.steps`; what it has logged, as (step, loss in nats a token).
+    """Trains, or resumes, a run to `config.steps`; what it has logged of training on text, as (step, loss in nats a
+    token).
 
     Lines on how far it is come with `logging.basicConfig(level=logging.INFO)`. Raises UserError, FloatingPointError
     and KeyboardInterrupt (after a checkpoint: the same call goes on from it).
     """
-    from deconstruct.run.jsonl import read_jsonl
+    from deconstruct.run.metric_writer import training_losses
     from deconstruct.run.workdir import Workdir
     from deconstruct.train.loop import train
 
     if train(config, workdir):
         raise KeyboardInterrupt(f"stopped and saved; train_run({os.fspath(workdir)!r}) goes on from there")
-    return [(r["step"], r["loss"]) for r in read_jsonl(Workdir(workdir).metrics) if r.get("loss") is not None]
+    return list(training_losses(Workdir(workdir)).items())
 
 
 def evaluate_run(
