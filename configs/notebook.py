@@ -3,8 +3,8 @@
     deconstruct prepare --output=prepared/notebooks --vocab-size=512 --row-length=256 --max-characters=4000000
     deconstruct train --config=configs/notebook.py --workdir=runs/notebooks/standard
 
-4 layers, 0.2 M parameters, 512 pieces of the Python standard library's source, 64 tokens of context. Expected: validation
-perplexity of 52 to 56 at context 64 (two seeds, Python 3.11), in 25 to 37 seconds of processor time.
+4 layers, 0.2 M parameters, 512 pieces of the Python standard library's source, 64 tokens of context. Expected:
+validation perplexity of 52 to 56 at context 64 (two seeds, Python 3.11), in 25 to 37 seconds of processor time.
 """
 
 from deconstruct.config import default_config
