@@ -74,8 +74,11 @@ def test_three_programs(config, topology, device, variant):
         assert 0 < record["bytes"]["arguments"] < record["bytes"]["peak"] < 1e8
     train = records[0]
     assert train["flops"] > 1e9 and train["seconds"]["compile"] > 0 and train["kernels"]
-    # Parameters of four layers are gathered for the forward and again for the backward pass; gradients are summed.
-    assert train["collectives"]["all-gather"]["bytes"] > 1e6 and train["collectives"]["reduce-scatter"]["times"] >= 4
+    # Parameters of four layers are gathered for the forward and again for the backward pass; gradients are summed to
+    # where they lie, at once or from one neighbour to the next (libtpu of jax 0.12).
+    collectives = train["collectives"]
+    summed = [collectives[kind]["times"] for kind in ("reduce-scatter", "collective-permute") if kind in collectives]
+    assert collectives["all-gather"]["bytes"] > 1e6 and sum(summed) >= 4
 
 
 def test_slices_are_joined_by_data(config):
