@@ -42,6 +42,7 @@ def test_what_is_measured_comes_back_and_stands_in_the_ledger(run):
     assert dc.read_maps(run, TEXT).layers == [None]
 
 
+@pytest.mark.proof
 def test_maps_are_the_models_own_with_the_tokens_of_its_text(trained):  # noqa: F811
     maps = dc.read_maps(trained, TEXT, step=4)
     assert "".join(maps.tokens).split() == TEXT.split()
