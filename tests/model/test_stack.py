@@ -115,6 +115,7 @@ def test_restacking_reaches_trees_inside_trees():
     jax.tree.map(np.testing.assert_array_equal, to_segments(saved, config.plan), nested)
 
 
+@pytest.mark.proof
 def test_skip_keeps_the_right_layers():
     config = hybrid("even", "mlp")
     small, kept = skipped(config, "block")

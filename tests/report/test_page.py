@@ -95,6 +95,7 @@ def test_the_seven_findings(tmp_path):
     )
 
 
+@pytest.mark.proof
 def test_the_page_of_a_study(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("deconstruct.report.figures.LENGTHS", (8, 16))
     folder = study(tmp_path / "runs", {cell: LOSSES[cell] for cell in SOME})
