@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from deconstruct.kernels import reference
+from deconstruct.kernels.mask import Mask
 
 # float32 keeps 24 bits (6e-8); sums of some 100 terms in another order lose one or two digits, relative to the largest
 # entry of the array. Ten times that is still a thousand times below any mistake of scale or mask.
@@ -60,7 +61,19 @@ def begins(starts: Sequence[Sequence[int]], length: int) -> np.ndarray:
 
 
 def definition(weights: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    return lambda q, k, v: reference.apply_weights(weights(q, k), v)
+    """By the map that `weights` gives: a function of q, k, v, and by name of a mask and gates, where there are any."""
+    return lambda q, k, v, **given: reference.apply_weights(weights(q, k, **given), v)
+
+
+def of_arrays(mix: Callable[..., jax.Array], mask: Mask, names: Iterable[str]) -> Callable[..., jax.Array]:
+    """mix(q, k, v, mask=mask, **gates) as a function of q, k, v and the gates of these names, one after the other.
+    Gates stay float32 beside bf16."""
+
+    def compute(q: jax.Array, k: jax.Array, v: jax.Array, *gates: jax.Array) -> jax.Array:
+        gates = tuple(x if x.dtype == jnp.float64 else x.astype(jnp.float32) for x in gates)
+        return mix(q, k, v, mask=mask, **dict(zip(names, gates, strict=True)))
+
+    return compute
 
 
 def value_and_gradients(

@@ -50,22 +50,9 @@ def both(name, shape, mask=CAUSAL, dtype="float32", scale=1.0, seed=3):
     kernel, weights = KERNELS[name]
     q, k, v, g = oracle.inputs(shape, seed)
     read = oracle.gates(name, shape, np.random.default_rng(seed))
-
-    def gated(mix):
-        """All that is differentiated goes in one after the other; gates stay float32 beside bf16."""
-
-        def compute(q, k, v, *gates):
-            gates = (x if x.dtype == jnp.float64 else x.astype(jnp.float32) for x in gates)
-            return mix(q, k, v, mask=mask, **dict(zip(read, gates, strict=True)))
-
-        return compute
-
-    def definition(q, k, v, mask, **read):
-        return reference.apply_weights(weights(q, k, mask, **read), v)
-
     arrays = (scale * q, k, v, *read.values(), g)
-    want = oracle.value_and_gradients(gated(definition), arrays, "float64")
-    return interpreted(name, gated(kernel), arrays, dtype), want
+    want = oracle.value_and_gradients(oracle.of_arrays(oracle.definition(weights), mask, read), arrays, "float64")
+    return interpreted(name, oracle.of_arrays(kernel, mask, read), arrays, dtype), want
 
 
 @pytest.mark.parametrize("name", quick(list(KERNELS), ["taylor_chunked"]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deconstruct.kernels import recurrences, reference
+from deconstruct.kernels import recurrences
 from deconstruct.kernels.gpu import gated_delta, gated_linear, pairwise, self_gate, tensor_core
 from deconstruct.kernels.gpu.walk import walk
 from deconstruct.kernels.mask import CAUSAL, Mask
@@ -112,21 +112,10 @@ def assert_gated_near(form, shape, interpreter, levels=None, mask=CAUSAL):
     if levels:
         read["log_decay"] = rng.choice(levels, size=read["log_decay"].shape)
     weights, kernel = GATED[form]
-
-    def gated(mix):
-        def compute(q, k, v, *gates):
-            gates = (x if x.dtype == jnp.float64 else x.astype(jnp.float32) for x in gates)
-            return mix(q, k, v, mask=mask, **dict(zip(read, gates, strict=True)))
-
-        return compute
-
-    def definition(q, k, v, mask, **read):
-        return reference.apply_weights(weights(q, k, mask, **read), v)
-
     arrays = rounded((q, k, v, *read.values(), g))
-    want = oracle.value_and_gradients(gated(definition), arrays, "float64")
+    want = oracle.value_and_gradients(oracle.of_arrays(oracle.definition(weights), mask, read), arrays, "float64")
     with interpreter():
-        got = oracle.value_and_gradients(gated(kernel), arrays, "bfloat16")
+        got = oracle.value_and_gradients(oracle.of_arrays(kernel, mask, read), arrays, "bfloat16")
     oracle.assert_all_near(got, want, GATED_BFLOAT16[form])
 
 
