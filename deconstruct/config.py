@@ -310,7 +310,7 @@ def _check_values(config: Config) -> None:
     _check_model(config)
     _check_mesh(config.mesh)
     _check_optimizer(config)
-    _check_distill(config.distill)
+    _check_distill(config)
 
 
 def _require(holds: bool, key: str, value: Any, what: str) -> None:
@@ -410,7 +410,8 @@ def _check_optimizer(config: Config) -> None:
     )
 
 
-def _check_distill(distill: DistillConfig) -> None:
+def _check_distill(config: Config) -> None:
+    distill, warmup = config.distill, config.optimizer.warmup_steps
     for key in ("mixer_steps", "logit_steps"):
         _require(getattr(distill, key) >= 0, f"distill.{key}", getattr(distill, key), "must not be negative")
     _require(distill.temperature > 0, "distill.temperature", distill.temperature, "must be positive")
@@ -429,6 +430,22 @@ def _check_distill(distill: DistillConfig) -> None:
         "distill.temperature",
         distill.temperature,
         "distill.logit_steps=0, so it would be ignored; leave it at 1.0",
+    )
+    end = config.optimizer.schedule_steps or config.steps
+    _require(
+        stages <= end,
+        "distill.mixer_steps" if distill.mixer_steps > end else "distill.logit_steps",
+        distill.mixer_steps if distill.mixer_steps > end else distill.logit_steps,
+        f"the stages would end at step {stages}, after the schedule, at step {end}; smaller numbers would do",
+    )
+    # The mixer stage and what comes after it have a schedule each.
+    shortest = min([steps for steps in (distill.mixer_steps, end - distill.mixer_steps) if steps > 0])
+    _require(
+        not distill.mixer_steps or warmup <= shortest,
+        "optimizer.warmup_steps",
+        warmup,
+        f"the mixer stage has {distill.mixer_steps} steps and what comes after it {end - distill.mixer_steps}, and "
+        f"each begins with the warm-up; at most {shortest} would do",
     )
 
 

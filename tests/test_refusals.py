@@ -136,6 +136,18 @@ def test_what_a_live_model_refuses(tmp_path):
         ({"teacher": "runs/a", "mixer_steps": -1}, r"distill.mixer_steps=-1: must not be negative"),
         ({"teacher": "runs/a", "logit_steps": 3, "temperature": 0.0}, r"distill.temperature=0.0: must be positive"),
         (
+            {"teacher": "runs/a", "mixer_steps": 10**6},
+            r"distill.mixer_steps=1000000: the stages would end at step 1000000, after the schedule, at step \d+; ",
+        ),
+        (
+            {"teacher": "runs/a", "mixer_steps": 2, "logit_steps": 10**6},
+            r"distill.logit_steps=1000000: the stages would end at step 1000002, after the schedule",
+        ),
+        (
+            {"teacher": "runs/a", "mixer_steps": 1000},
+            r"optimizer.warmup_steps=2000: the mixer stage has 1000 steps and .* at most 1000 would do",
+        ),
+        (
             {"teacher": "runs/a", "mixer_steps": 3, "temperature": 2.0},
             r"distill.temperature=2.0: distill.logit_steps=0",
         ),
