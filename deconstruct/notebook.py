@@ -25,7 +25,9 @@ def prepare_text(output: Folder, **options: Any) -> dict[str, Any]:
     """Text as tokenizer and packed rows, as `deconstruct prepare` makes them; the manifest as a dict.
 
     Options are the verb's (`vocab_size=1024, row_length=256`; `input` is a tuple of files and folders, and without it
-    the text is the Python standard library's source). A folder that is complete is left as it is. Raises UserError.
+    the text is the Python standard library's source), but that `workers` is 1 unless it is given: more are processes
+    that run the calling script from its top, which needs an `if __name__ == "__main__":` then. A folder that is
+    complete is left as it is. Raises UserError.
     """
     from deconstruct.data.prepare import PrepareOptions, prepare
 
@@ -34,7 +36,7 @@ def prepare_text(output: Folder, **options: Any) -> dict[str, Any]:
         known = ", ".join(PrepareOptions.__dataclass_fields__)
         raise UserError(f"prepare_text: there is no option {unknown[0]}; options are {known}")
     with contextlib.redirect_stderr(io.StringIO()):  # how far it is; what it found is in the manifest
-        return prepare(PrepareOptions(os.fspath(output), **options))
+        return prepare(PrepareOptions(os.fspath(output), **{"workers": 1, **options}))
 
 
 def train_run(config: Config, workdir: Folder) -> list[tuple[int, float]]:

@@ -1,6 +1,10 @@
 """A study from a notebook: what comes back is what the verbs leave behind, and what is wrong is said."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from tests.evaluate.conftest import prepared, trained  # noqa: F401  fixtures
 from tests.need import need
 from tests.tiny import tiny_config
 
+ROOT = Path(__file__).parents[1]
 TEXT = "fog sea ship"
 
 
@@ -70,6 +75,21 @@ def test_groups_are_compared_in_every_measure(tmp_path):
     assert dc.compare_runs(folders, baseline="variant=mlp")[0].baseline.config.variant == "mlp"
     with pytest.raises(dc.UserError, match="compare_runs: match='time'; expected one of end, steps"):
         dc.compare_runs(folders, match="time")
+
+
+def test_text_is_prepared_in_a_script_without_a_guard(tmp_path):
+    """As a user's own begins: more processes than one would run it again from its top."""
+    for name in ("a", "b"):  # of more than a unit of work each
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i} fog and sea\n" for i in range(70_000)))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import deconstruct as dc\n"
+        "m = dc.prepare_text('out', input=('a.txt', 'b.txt'), vocab_size=300, row_length=16, validation_fraction=0.2)\n"
+        "print(m['row_length'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script.name], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "16\n"), done.stderr
 
 
 def test_prepared_text_is_that_of_the_verb(tmp_path):
