@@ -17,11 +17,11 @@ quickstart: $(INSTALLED)
 	$(DECONSTRUCT) report runs/quickstart
 
 test: $(INSTALLED) lint
-	$(VENV)/bin/python -m pytest -n 2 --dist=worksteal tests
+	$(VENV)/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder tests
 
 # What is long and real: processes that are killed, clusters of processes, and other projects' programs beside ours.
 proof: $(INSTALLED) $(PEERS) $(AOT)/installed $(LAUNCHERS)/installed-$(VERSION) slurm
-	DECONSTRUCT_PROOF=1 DECONSTRUCT_AOT=$(abspath $(AOT))/bin/python $(VENV)/bin/python -m pytest -n 2 --dist=worksteal tests -m proof --durations=20
+	DECONSTRUCT_PROOF=1 DECONSTRUCT_AOT=$(abspath $(AOT))/bin/python $(VENV)/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder tests -m proof --durations=20
 
 # Perplexity of every variant at a small size, on the .txt files in TEXT. About an hour on two cores.
 TEXT ?= novels

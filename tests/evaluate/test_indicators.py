@@ -130,6 +130,7 @@ def evaluate(workdir, *words):
     return out.getvalue().splitlines()
 
 
+@pytest.mark.proof
 def test_the_verb(run, capsys):
     (line,) = evaluate(run, "--sequences=3")
     assert "2 layers with a map" in line and "(3 sequences of 32 tokens; sequences 3)" in line

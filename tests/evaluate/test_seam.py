@@ -129,6 +129,7 @@ def test_followed_over_all_steps_beside_perplexity(run):
     assert last["skip"] == "block" and last["value"] != pytest.approx(by_hand(run, 6)[:, :3].mean(), rel=1e-3)
 
 
+@pytest.mark.proof
 def test_a_setting_that_was_cut_short_is_completed_without_repeating_itself(run):
     evaluate(run, "--tasks=logit_norm")
     path = Workdir(run).evaluations

@@ -84,7 +84,8 @@ class Loop:
         folder.mkdir(parents=True, exist_ok=True)
         self.environment = {
             **os.environ,
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling takes most of a short run
+            # Compiling takes most of a short run; among tests, these are theirs.
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS") or "--xla_backend_optimization_level=0",
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),  # or most of the time would go into compiling
@@ -189,7 +190,7 @@ class Loop:
 
 def train_words(config: Path, data: Path, workdir: Path, **changes: int) -> list[str]:
     """What `deconstruct` is told; `changes` are keys of the configuration."""
-    settings = {"data": data, "layout": "even", "steps": STEPS, "checkpoint_every": EVERY, "learning_rate": 1e-2}
+    settings = {"data": data, "layout": "uniform", "steps": STEPS, "checkpoint_every": EVERY, "learning_rate": 1e-2}
     settings |= {"checkpoint.keep": KEEP, **changes}
     keys = [f"--config.{key}={value}" for key, value in settings.items()]
     return ["train", f"--config={config}:variant=non_approximate", f"--workdir={workdir}", *keys]
