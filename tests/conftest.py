@@ -31,7 +31,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # Begun first, that two workers end together: a file that takes long must not be the last.
-FIRST = [f"tests/{name}" for name in ("compile", "train", "attention", "generation", "distributed", "kernels", "evaluate")]
+FIRST = [
+    f"tests/{name}" for name in ("compile", "train", "attention", "generation", "distributed", "kernels", "evaluate")
+]
 
 
 def pytest_collection_modifyitems(items):
