@@ -193,8 +193,14 @@ def test_cache_bytes_of_the_paper(name):
     ("sizes", "reason"),
     [
         ({}, ""),
-        ({"num_kv_heads": 2}, "as many key heads as query heads; this configuration has fewer."),
-        ({"head_dim": 6}, "this configuration has 4 heads of 6, together 24, and d = 16."),
+        pytest.param(
+            {"num_kv_heads": 2},
+            "as many key heads as query heads; this configuration has fewer.",
+            marks=pytest.mark.proof,
+        ),
+        pytest.param(
+            {"head_dim": 6}, "this configuration has 4 heads of 6, together 24, and d = 16.", marks=pytest.mark.proof
+        ),
         (
             {"head_dim": 6, "num_kv_heads": 2},
             "has fewer. The paper's formulas are for heads that share out the width d",

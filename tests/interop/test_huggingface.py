@@ -134,6 +134,7 @@ def test_a_checkpoint_is_exported_by_its_step(standard, tmp_path):
     assert "step 3" in export_checkpoint(standard / "workdir", tmp_path / "x", step=3)[0]
 
 
+@pytest.mark.proof
 def test_replaced_layers_keep_what_fits(standard, tmp_path):
     layout = "standard,mlp,static_emb_qk,rnd_emb_qk"
     said = import_checkpoint(standard / "export", tmp_path / "hybrid", layout=layout, seed=5)

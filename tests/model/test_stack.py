@@ -136,7 +136,8 @@ def test_skip_keeps_the_right_layers():
     np.testing.assert_allclose(shortened.hidden(tokens)[0], model.norm(streams.h), atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", quick(["uniform", "even"], ["even"]))
+@pytest.mark.proof
+@pytest.mark.parametrize("layout", ["uniform", "even"])
 def test_the_program_does_not_grow_with_depth(layout):
     def lines(layers):
         config = tiny_config({"num_layers": layers}, variant="mlp", layout=layout).model

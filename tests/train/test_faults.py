@@ -72,6 +72,7 @@ def strictly(text):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
+@pytest.mark.proof
 def test_so_many_in_a_row_end_the_run_and_say_what_they_were(prepared, tmp_path):
     config = run_config(prepared, {"init_std": 1e18}, variant="standard", steps=20)
     message = r"step 8: 8 updates in a row were skipped \(loss .*norm nan\); .*skipped.jsonl has .*; there is no good"
