@@ -14,7 +14,7 @@ from deconstruct.model.placement import split_model
 from deconstruct.model.restack import rename_layers, to_layers, to_segments
 from deconstruct.plan import plan, slots, unrolled
 from deconstruct.run.restore import skipped
-from tests.tiny import quick, tiny_config, todays_programs
+from tests.tiny import tiny_config, todays_programs
 
 LAYERS = 8
 
