@@ -1,6 +1,6 @@
 """Recall on demand: a model of two layers learns to look up what its document has said; which variants can?
 
-    deconstruct prepare --input="recall:mqar(pairs=4,queries=11,keys=32,values=32,length=31)" \\
+    deconstruct prepare --input="recall:mqar(pairs=4,queries=11,keys=16,values=16,fillers=1,length=31)" \\
         --output=prepared/recall --row-length=32
     deconstruct train --config=configs/recall.py:variant=standard --workdir=runs/recall/standard
     deconstruct evaluate --workdir=runs/recall/standard --tasks=recall
@@ -18,7 +18,7 @@ def get_config(argument=None):
     config = default_config()
     config.update(parse_argument(argument, {"variant": "standard", "layout": "uniform"}))
     config.data = "prepared/recall"
-    config.steps = 2500
+    config.steps = 1200
     config.batch_size = 64
     config.sequence_length = 32
     config.learning_rate = 1e-2

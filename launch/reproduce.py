@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """The paper's study, at a scale that can be run: prepares text, trains every configuration, evaluates, reports.
 
-    launch/reproduce.py --size=cpu --output=runs/reproduction                    two CPU cores, overnight
+    launch/reproduce.py --size=cpu --output=runs/reproduction -- --jobs=2        two CPU cores, an evening
     launch/reproduce.py --size=gpu --output=runs/reproduction --input=novels/    one GPU, an hour or two
     launch/reproduce.py --size=paper --output=runs/reproduction --input="hub:..." --tokenizer=pythia.json
     launch/reproduce.py --size=cpu --output=runs/reproduction --dry-run          what it would do, and how long it takes
 
-Seven variants, uniform and even, and nine layouts of non_approximate, three seeds each. It says how long it will take
+Text: seven variants, uniform and even, and nine layouts of non_approximate, three seeds each. Recall, as in
+configs/recall.py: the seven, uniform and even, and three forms whose state does not grow. It says how long it will take
 before it begins. The same command again goes on where it was: what is prepared, trained or evaluated is not done again.
 What stands behind -- goes to sweep.py, such as --jobs=2, --slurm=... or --launcher=...; with --slurm, call it once more
 when the jobs are done.
@@ -19,12 +20,14 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import sweep
 
 from deconstruct.costs import accounting
+from deconstruct.data.recall import PREFIX, parse_recall
 from deconstruct.duration import clock
 from deconstruct.experiment import load_config
 from deconstruct.run.jsonl import read_jsonl
@@ -33,6 +36,7 @@ from deconstruct.types import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = "mlp,approximate,non_approximate,rnd_emb_qk,fixed_seq_qk,static_emb_qk"
+STATES = "hidden/window(size=8),hidden/gated_linear,hidden/gated_delta"
 TASKS = ("perplexity", "indicators")
 LAYOUTS = "odd,top,middle,bottom,quarter,first,last,bilateral"  # and even, which every variant has
 
@@ -51,16 +55,34 @@ class Size(NamedTuple):
     overhead: float
 
 
+class Part(NamedTuple):
+    """One of the study's two: `prepare` what it is trained on, the `sweeps` of it, how a run is evaluated."""
+
+    prepare: list[str]
+    sweeps: list[list[str]]
+    folder: str
+    vocabulary: int
+    evaluations: Callable[[sweep.Run], list[list[str]]]
+
+    @property
+    def runs(self) -> list[sweep.Run]:
+        return [run for axes in self.sweeps for run in _runs(axes, self.folder)]
+
+
 SIZES = {
-    # As many parameters as configs/small.py has, over eight layers: with four, a quarter of them is the last one.
+    # Eight layers: of four, a quarter is the last one.
     "cpu": Size(
         "small.py",
-        ("--config.model.num_layers=8", "--config.model.hidden_size=96", "--config.model.intermediate_size=288"),
+        (
+            *("--config.model.num_layers=8", "--config.model.num_heads=2", "--config.model.hidden_size=64"),
+            *("--config.model.intermediate_size=192", "--config.sequence_length=128", "--config.batch_size=16"),
+            *("--config.steps=600", "--config.optimizer.warmup_steps=60", "--config.checkpoint_every=300"),
+        ),
         512,
         1024,
-        "16,64,256",
-        3e10,
-        60.0,
+        "16,64,128",
+        2e10,
+        40.0,
     ),
     "gpu": Size(
         "paper.py:size=70m",
@@ -77,6 +99,7 @@ SIZES = {
     ),
     "paper": Size("paper.py:size=500m", (), 50_277, 2048, "128,256,512,1024,2048", 3e14, 600.0),
 }
+RECALL = parse_recall("recall:mqar(pairs=4,queries=11,keys=16,values=16,fillers=1,length=31)")
 
 
 def main(words: list[str]) -> int:
@@ -93,59 +116,82 @@ def reproduce(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.seeds < 1:
         raise UserError(f"--seeds={arguments.seeds}: must be at least 1")
     size, output = SIZES[arguments.size], arguments.output.rstrip("/")
-    data, folder = f"{output}/data", f"{output}/runs"
-    tokenizer = f"--tokenizer={arguments.tokenizer}" if arguments.tokenizer else f"--vocab-size={size.vocabulary}"
-    prepare = [f"--output={data}", tokenizer, f"--row-length={size.row_length}"]
-    prepare += [f"--input={given}" for given in arguments.input]
-    sweeps = _sweeps(size, folder, data, arguments.seeds)
-    runs = [run for axes in sweeps for run in _runs(axes, folder)]
-    print(estimate(size, runs), flush=True)
+    parts = [_text(arguments, size, output), _recall(arguments, output)]
+    print(estimate(size, parts), flush=True)
+    report = ["report", *(part.folder for part in parts), f"--output={output}/report"]
     if arguments.dry_run:
-        commands = [["deconstruct", "prepare", *prepare], *(["launch/sweep.py", *words] for words in sweeps)]
-        commands += [["deconstruct", *words] for run in runs[-1:] for words in _evaluations(run, size)]
-        commands += [["deconstruct", "report", folder, f"--output={output}/report"]]
-        print(*map(shlex.join, commands), sep="\n")
+        commands = []
+        for part in parts:
+            commands += [["deconstruct", *part.prepare], *(["launch/sweep.py", *words] for words in part.sweeps)]
+            commands += [["deconstruct", *words] for words in part.evaluations(part.runs[-1])]
+        print(*map(shlex.join, [*commands, ["deconstruct", *report]]), sep="\n")
         return 0
-    if (status := _deconstruct("prepare", *prepare)) != 0:
-        return status
-    for axes in sweeps:
-        if (status := sweep.main([*axes, *rest])) != 0:
+    for part in parts:
+        if (status := _deconstruct(*part.prepare)) != 0:
             return status
-    open_runs = [run.name for axes in sweeps for run in _runs(axes, folder) if not run.finished]
-    if open_runs:
+        for axes in part.sweeps:
+            if (status := sweep.main([*axes, *rest])) != 0:
+                return status
+    runs = [(part, run) for part in parts for run in part.runs]
+    if open_runs := [run.name for _, run in runs if not run.finished]:
         print(f"{len(open_runs)} runs have not finished; the same command again goes on")
         return 0
-    for run in runs:
-        for words in _evaluations(run, size):
+    for part, run in runs:
+        for words in part.evaluations(run):
             if (status := _deconstruct(*words)) != 0:
                 return status
-    return _deconstruct("report", folder, f"--output={output}/report")
+    return _deconstruct(*report)
 
 
-def estimate(size: Size, runs: list[sweep.Run]) -> str:
+def estimate(size: Size, parts: list[Part]) -> str:
     """In words: how many runs are left, and how long they will take, one after the other."""
     left = done = seconds = 0.0
-    for run in runs:
-        flops = _train_flops(run, size.vocabulary)
+    runs = [(part.vocabulary, run) for part in parts for run in part.runs]
+    for vocabulary, run in runs:
+        flops = _train_flops(run, vocabulary)
         if run.finished:
             logged = read_jsonl(Workdir(run.workdir).metrics)
             seconds += sum(record["seconds"].get("step", 0.0) for record in logged)
             done += flops
         else:
             left += flops
-    count = sum(not run.finished for run in runs)
+    count = sum(not run.finished for _, run in runs)
     rate = done / seconds if seconds else size.rate * ((os.cpu_count() or 1) if size.rate < 1e12 else 1)
     how = "as fast as the runs that have finished" if seconds else f"at {rate:.2g} FLOP/s, which is a guess"
     needed = left / rate + count * size.overhead
     return f"{len(runs)} runs, {count} to go: about {clock(needed)} one after the other ({left:.2g} FLOPs {how})"
 
 
-def _sweeps(size: Size, folder: str, data: str, seeds: int) -> list[list[str]]:
-    """The arguments of sweep.py: standard attention, every variant in two layouts, one variant in the others."""
+def _text(arguments: argparse.Namespace, size: Size, output: str) -> Part:
+    """Standard attention, every variant in two layouts, one variant in the others."""
+    folder, data = f"{output}/runs", f"{output}/data"
+    tokenizer = f"--tokenizer={arguments.tokenizer}" if arguments.tokenizer else f"--vocab-size={size.vocabulary}"
+    prepare = ["prepare", f"--output={data}", tokenizer, f"--row-length={size.row_length}"]
+    prepare += [f"--input={given}" for given in arguments.input]
     common = [f"--config={CONFIGS / size.config}", f"--workdir={folder}", f"--config.data={data}", *size.overrides]
-    over = f"--over=config.seed={','.join(map(str, range(seeds)))}"
     axes = (("standard", "uniform"), (VARIANTS, "uniform,even"), ("non_approximate", LAYOUTS))
-    return [[*common, f"--over=variant={variants}", f"--over=layout={layouts}", over] for variants, layouts in axes]
+    sweeps = [_sweep(common, *pair, arguments.seeds) for pair in axes]
+    return Part(prepare, sweeps, folder, size.vocabulary, lambda run: _evaluations(run, size))
+
+
+def _recall(arguments: argparse.Namespace, output: str) -> Part:
+    folder, data = f"{output}/recall", f"{output}/recall-data"
+    prepare = [
+        "prepare",
+        f"--output={data}",
+        f"--input={PREFIX}{RECALL.spelled()}",
+        f"--row-length={RECALL.length + 1}",
+    ]
+    common = [f"--config={CONFIGS / 'recall.py'}", f"--workdir={folder}", f"--config.data={data}"]
+    axes = ((f"standard,{VARIANTS},{STATES}", "uniform"), (VARIANTS, "even"))
+    sweeps = [_sweep(common, *pair, arguments.seeds) for pair in axes]
+    return Part(prepare, sweeps, folder, len(RECALL.words()), _recall_evaluations)
+
+
+def _sweep(common: list[str], variants: str, layouts: str, seeds: int) -> list[str]:
+    """The arguments of sweep.py."""
+    over = f"--over=config.seed={','.join(map(str, range(seeds)))}"
+    return [*common, f"--over=variant={variants}", f"--over=layout={layouts}", over]
 
 
 def _runs(words: list[str], folder: str) -> list[sweep.Run]:
@@ -173,6 +219,11 @@ def _evaluations(run: sweep.Run, size: Size) -> list[list[str]]:
     if "layout=even" in run.name and ("perplexity", contexts[-1], "block") not in there:
         calls.append([*words, f"--contexts={contexts[-1]}", "--skip"])
     return calls
+
+
+def _recall_evaluations(run: sweep.Run) -> list[list[str]]:
+    measured = {record["task"] for record in read_jsonl(Workdir(run.workdir).evaluations)}
+    return [] if "recall" in measured else [["evaluate", f"--workdir={run.workdir}", "--tasks=recall"]]
 
 
 def _deconstruct(*words: str) -> int:

@@ -127,6 +127,29 @@ def principle_by_layout(one: Comparison, principles: Mapping[str, str]) -> Figur
     return figure
 
 
+def value_by_state(one: Comparison, sizes: Mapping[str, int]) -> Figure:
+    """The measure by the bytes that decoding keeps, `sizes` of each group by its label: a dot for each seed, a large
+    one for their mean. A layout has a marker of its own."""
+    figure, axis = axes(height=4.2)
+    labels = [row.group.label for row in one.rows]
+    colour = colours(labels)
+    layouts = list(dict.fromkeys(row.group.config.layout for row in one.rows))
+    for row in one.rows:
+        label = row.group.label
+        shown = [one.measure.shown(value) for value in row.scores.of_runs]
+        marker = "os^Dv*"[layouts.index(row.group.config.layout) % 6]
+        axis.plot([sizes[label]] * len(shown), shown, ".", color=colour[label], markersize=3, alpha=0.6)
+        mean = one.measure.shown(row.scores.mean)
+        axis.plot([sizes[label]], [mean], marker, color=colour[label], markersize=6, alpha=0.8, label=label)
+    least = min((size for size in sizes.values() if size), default=1)
+    axis.set_xscale("symlog", linthresh=least / 2)  # mlp keeps nothing
+    axis.set_xlim(left=-least / 20)
+    axis.set(xlabel="bytes that decoding keeps", ylabel=f"{one.measure.name} (%)")
+    axis.minorticks_off()
+    _legend(axis, len(labels))
+    return figure
+
+
 def time_by_length(bench: Mapping[str, Any]) -> Figure:
     """Milliseconds of one decoded token by what was read before it: `deconstruct bench contexts --json`."""
     figure, axis = axes()

@@ -15,6 +15,7 @@ from deconstruct.compare.comparison import Comparison
 from deconstruct.config import ModelConfig
 from deconstruct.costs import accounting
 from deconstruct.costs.paper import PAPER_COSTS, without_formulas
+from deconstruct.report.recall import Recall, state_bytes
 from deconstruct.report.study import RATE, Family
 
 if TYPE_CHECKING:
@@ -41,6 +42,19 @@ def pictures(family: Family, bench: dict[str, Any] | None) -> list[Picture]:
         what = "Measured: greedy decoding of one sequence, every layer of one variant."
         found.append(Picture("time", "Time of a decoded token by length", what, [("", plots.time_by_length(bench))]))
     return [picture for picture in found if picture is not None and picture.panels]
+
+
+def recall_pictures(found: Recall) -> list[Picture]:
+    sizes = {group.label: state_bytes(group) for group in found.groups}
+    caption = "A dot a seed, the large one their mean. What decoding keeps of a document: all layers, 16 bit."
+    panels = [("", plots.value_by_state(found.accuracy, sizes))]
+    pictures = [Picture("recall", "Recall by the size of the state", caption, panels)]
+    if curves := loss_curves(found.groups, "steps"):
+        caption = (
+            "The mean over seeds; the band is the least and the most. It counts words that nothing foretells, too."
+        )
+        pictures.append(Picture("losses", "Training loss", caption, [("", plots.loss_curves(curves, "steps"))]))
+    return pictures
 
 
 def _losses(family: Family) -> Picture:

@@ -8,8 +8,9 @@ from etils import epath
 
 from deconstruct.compare.tables import noise_floor
 from deconstruct.report import page, tables
-from deconstruct.report.figures import pictures
+from deconstruct.report.figures import pictures, recall_pictures
 from deconstruct.report.findings import findings
+from deconstruct.report.recall import Recall
 from deconstruct.report.study import Family, Study
 
 TITLE = "Attention taken apart, beside the paper"
@@ -19,6 +20,8 @@ def write_page(study: Study, bench: dict[str, Any] | None, output: epath.Path) -
     """Writes report.html, report.md and the pictures. `bench`: times a token by length. Returns the verdicts, a line
     each, and where the page is."""
     sections = [_section(family, bench) for family in study.families.values()]
+    if study.recall is not None:
+        sections.append(_recall(study.recall))
     opening = [
         f"What the runs in {study.folder} say of the seven findings of “Deconstructing Attention” (arXiv:2510.11602): "
         "its numbers beside ours, which are of other sizes, text and training. A verdict holds for these runs at their "
@@ -56,3 +59,15 @@ def _section(family: Family, bench: dict[str, Any] | None) -> page.Section:
         pictures(family, bench),
         [tables.differences(one)] if one is not None and len(one.rows) > 1 else [],
     )
+
+
+def _recall(found: Recall) -> page.Section:
+    config = found.groups[0].config
+    runs = sum(len(group.runs) for group in found.groups)
+    opening = [
+        f"{runs} runs of {len(found.groups)} configurations on documents made to be recalled from, {found.documents}: "
+        f"{config.model.num_layers} layers, {config.steps:,} steps of {config.batch_size:,} documents of "
+        f"{config.sequence_length:,} tokens.",
+        noise_floor(found.accuracy),
+    ]
+    return page.Section("Recall", opening, [], recall_pictures(found), [tables.recall(found)])

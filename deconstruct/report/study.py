@@ -2,10 +2,12 @@
 
 A family is one of the paper's shapes: Qwen2.5 blocks (its table 1), Qwen3 blocks (table 2), grouped queries (table 3).
 Within it runs may differ in variant, layout, seed and learning rate, of which each configuration's best is taken.
+Runs on documents made for recall stand apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from deconstruct.compare.best import Sweep, best_over
@@ -16,6 +18,7 @@ from deconstruct.compare.groups import Group, Run, grouped, read_runs
 from deconstruct.compare.measures import Measure, read_measures, scores_of
 from deconstruct.config import Config
 from deconstruct.layout import STANDARD
+from deconstruct.report.recall import TASK, Recall, read_recall
 from deconstruct.run.jsonl import read_jsonl
 from deconstruct.types import UserError
 
@@ -94,23 +97,29 @@ class Family(NamedTuple):
 class Study(NamedTuple):
     folder: str
     families: dict[int, Family]  # by the number of the paper's table
+    recall: Recall | None  # runs whose recall was measured are of no family
     without: list[str]  # runs that were not evaluated
 
 
-def read_study(folder: str) -> Study:
+def read_study(folders: Sequence[str]) -> Study:
     """Raises UserError where no run was evaluated, or runs of one family differ in what they should not."""
-    runs: list[Run] = []
+    folder = ", ".join(folders)
+    recalling: list[Run] = []
     without: list[Run] = []
-    for run in read_runs([folder]):
-        records = read_jsonl(run.run_dir.evaluations)
-        (runs if records else without).append(run)
-    if not runs:
-        raise UserError(f"{folder}: no run in it was evaluated; `deconstruct evaluate` does so")
     tables: dict[int, list[Run]] = {}
-    for run in runs:
-        tables.setdefault(_table(run.config), []).append(run)
+    for run in read_runs(folders):
+        tasks = {record["task"] for record in read_jsonl(run.run_dir.evaluations)}
+        if not tasks:
+            without.append(run)
+        elif TASK in tasks:
+            recalling.append(run)
+        else:
+            tables.setdefault(_table(run.config), []).append(run)
+    if not tables and not recalling:
+        raise UserError(f"{folder}: no run in it was evaluated; `deconstruct evaluate` does so")
     families = {number: _family(folder, number, tables[number]) for number in sorted(tables)}
-    return Study(folder, families, [run.name for run in without])
+    recall = read_recall(folder, recalling, matched(recalling, "end")) if recalling else None
+    return Study(folder, families, recall, [run.name for run in without])
 
 
 def cell_of(group: Group) -> Cell:

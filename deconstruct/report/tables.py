@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from deconstruct.compare.comparison import Comparison
-from deconstruct.compare.tables import difference_rows
+from deconstruct.compare.tables import difference_rows, mean_and_spread
 from deconstruct.evaluate.paper import TABLES, TASKS, accuracy_table, perplexity_by_context
+from deconstruct.report.recall import Recall, state_bytes
 from deconstruct.report.study import BASELINE, Cell, Family, Study
 
 # Column of the paper -> (task, metric) of the ledger, and how much larger the paper writes it.
@@ -43,6 +44,18 @@ def differences(one: Comparison) -> Table:
         "over seeds and items: runs of other seeds as well. p is Holm's, for all rows together."
     )
     return Table("Differences from standard attention", note, heads, rows)
+
+
+def recall(found: Recall) -> Table:
+    one = found.accuracy
+    heads, rows = difference_rows(one)
+    own = [[mean_and_spread(row, one.measure), f"{state_bytes(row.group):,}"] for row in one.rows]
+    note = (
+        "Answers that get the greatest logit, in percent ± deviation over seeds; what decoding keeps of a document, in "
+        f"bytes at 16 bit; and the difference from {one.baseline.label}, in points. p is Holm's, for all rows together."
+    )
+    rows = [[*row[:2], *cells, *row[2:]] for row, cells in zip(rows, own, strict=True)]
+    return Table("Recall by variant", note, [*heads[:2], "accuracy %", "state bytes", *heads[2:]], rows)
 
 
 def _accuracies(number: int, family: Family | None) -> Table:

@@ -35,12 +35,14 @@ def test_what_it_would_do(reproduce, tmp_path, capsys, monkeypatch, size):
         monkeypatch.setattr(reproduce, "VARIANTS", "mlp")
     assert reproduce.main([f"--size={size}", f"--output={tmp_path / 'out'}", "--seeds=1", "--dry-run"]) == 0
     first, *commands = capsys.readouterr().out.splitlines()
-    runs = 11 if size == "cpu" else 21
+    runs = 11 + 6 if size == "cpu" else 21 + 16
     assert re.fullmatch(
         rf"{runs} runs, {runs} to go: about [\d:]+ one after the other \(.* FLOPs at .*, which is a guess\)", first
     )
     assert [command.split()[:2] for command in commands] == [
         ["deconstruct", "prepare"], *[["launch/sweep.py", command.split()[1]] for command in commands[1:4]],
+        ["deconstruct", "evaluate"],
+        ["deconstruct", "prepare"], *[["launch/sweep.py", command.split()[1]] for command in commands[6:8]],
         ["deconstruct", "evaluate"], ["deconstruct", "report"],
     ]  # fmt: skip
     assert not (tmp_path / "out").exists()
@@ -70,18 +72,22 @@ def test_mistakes(reproduce, tmp_path, capsys):
 
 @pytest.mark.proof
 def test_from_text_to_the_page_and_again(tmp_path, environment):
-    """A study of four tiny runs, by the script itself; its second call trains and evaluates nothing."""
+    """A study of four tiny runs on text and three of recall, by the script itself; its second call trains and evaluates
+    nothing."""
     (text := tmp_path / "texts").mkdir()
     draw = random.Random(0)
     for number in range(200):
         (text / f"{number}.txt").write_text(" ".join(draw.choices(WORDS, k=60)) + "\n")
     config = CONFIG_FILE.replace('{"variant": "standard"}', '{"variant": "standard", "layout": "uniform"}')
     (tmp_path / "tiny.py").write_text(config)
+    (tmp_path / "recall.py").write_text(config)
     script = tmp_path / "reproduce_tiny.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'launch')!r})\n"
         "import reproduce as r\nfrom pathlib import Path\n"
         f"r.CONFIGS, r.VARIANTS, r.LAYOUTS = Path({str(tmp_path)!r}), 'mlp', 'odd'\n"
+        "r.STATES = 'hidden/window(size=4)'\n"
+        "r.RECALL = r.parse_recall('recall:mqar(pairs=2,queries=3,keys=4,values=4,length=11,documents=200)')\n"
         "r.SIZES = {'cpu': r.Size('tiny.py', ('--config.sequence_length=16',), 300, 32, '8,16', 1e9, 1.0)}\n"
         "sys.exit(r.main(sys.argv[1:]))\n"
     )
@@ -95,7 +101,10 @@ def test_from_text_to_the_page_and_again(tmp_path, environment):
     ]
     first = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("4 runs, 4 to go: about ") and "report.html" in first.stdout
+    assert first.stdout.startswith("8 runs, 8 to go: about ") and "report.html" in first.stdout
+    recalled = [read_jsonl(ledger) for ledger in (tmp_path / "out" / "recall").glob("*/eval.jsonl")]
+    assert len(recalled) == 4 and all({record["task"] for record in found} == {"recall"} for found in recalled)
+    assert "## Recall" in (tmp_path / "out" / "report" / "report.md").read_text()
     ledgers = sorted((tmp_path / "out" / "runs").glob("*/eval.jsonl"))
     records = [read_jsonl(ledger) for ledger in ledgers]
     of_perplexity = [sum(record["task"] == "perplexity" for record in found) for found in records]
@@ -103,5 +112,5 @@ def test_from_text_to_the_page_and_again(tmp_path, environment):
     assert all({record["task"] for record in found} == {"perplexity", "indicators"} for found in records)
     before = [ledger.read_text() for ledger in ledgers]
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert again.returncode == 0 and again.stdout.startswith("4 runs, 0 to go: about 0:00 one after the other (0 FLOPs")
+    assert again.returncode == 0 and again.stdout.startswith("8 runs, 0 to go: about 0:00 one after the other (0 FLOPs")
     assert [ledger.read_text() for ledger in ledgers] == before

@@ -14,6 +14,7 @@ need("matplotlib", extra="compare")
 from deconstruct.evaluate.paper import TASKS  # noqa: E402
 from deconstruct.report.findings import findings  # noqa: E402
 from deconstruct.report.study import read_study  # noqa: E402
+from deconstruct.types import UserError  # noqa: E402
 from tests.compare.made_runs import add_records, made_run  # noqa: E402
 
 HARD = np.random.default_rng(0).normal(0.0, 0.3, 40)
@@ -85,7 +86,7 @@ class Page(html.parser.HTMLParser):
 
 def test_the_seven_findings(tmp_path):
     """Of runs that are as the paper has them."""
-    (family,) = read_study(str(study(tmp_path, LOSSES))).families.values()
+    (family,) = read_study([str(study(tmp_path, LOSSES))]).families.values()
     found = findings(family)
     assert [(one.number, one.verdict) for one in found] == [(number, "shown") for number in range(1, 8)]
     assert found[2].evidence[1].startswith("yes: static_emb_qk even to standard: x0.99")  # exp(-0.01)
@@ -129,11 +130,52 @@ def test_the_page_of_a_study(tmp_path, capsys, monkeypatch):
     assert cells[9:12] == ["(38.1)", "(134.1)", "(22.9)"] and cells[12].startswith("5.")
 
 
+KIND = "mqar(pairs=4,queries=11,keys=16,values=16,fillers=1,length=31,documents=20000,seed=0)"
+
+
+def recalling(folder, accuracies, kind=KIND):
+    """Runs of three seeds, with the accuracy of each variant give or take a percent."""
+    usual = {"recall": "own", "documents": 512}
+    for variant, accuracy in accuracies.items():
+        for seed in range(3):
+            run = made_run(folder / f"{variant.replace('/', '-')}-{seed}", losses=1.0, variant=variant, seed=seed)
+            value = accuracy + 0.01 * (seed - 1)
+            add_records(run, [{"task": "recall", "metric": "accuracy", "value": value, "kind": kind, **usual}])
+    return folder
+
+
+def test_runs_of_recall_stand_apart_beside_the_bytes_of_their_state(tmp_path, monkeypatch):
+    monkeypatch.setattr("deconstruct.report.figures.LENGTHS", (8, 16))
+    text = study(tmp_path / "runs", {("standard", "uniform"): 1.7})
+    accuracies = {"standard": 0.95, "hidden/window(size=4)": 0.7, "mlp": 0.25}
+    recall = recalling(tmp_path / "recall", accuracies)
+    assert main(["report", str(text), str(recall), f"--output={tmp_path / 'out'}"]) == 0
+    page, written = (tmp_path / "out" / name for name in ("report.html", "report.md"))
+    assert '<h2 id="recall">Recall</h2>' in page.read_text() and "9 runs of 3 configurations" in page.read_text()
+    assert (tmp_path / "out" / "recall-recall.png").exists()
+    # Bytes at 16 bit, of two layers: keys and values of 12 positions of 16, or of 4; nothing.
+    rows = [line for line in written.read_text().splitlines() if re.match(r"\| (standard|hidden|mlp)\S* +\| +3 ", line)]
+    cells = {row[0]: row[1:] for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in rows)}
+    assert {name: row[2] for name, row in cells.items()} == {
+        "standard": f"{2 * 2 * 12 * 16 * 2:,}", "hidden/window(size=4)": f"{2 * 2 * 4 * 16 * 2}", "mlp": "0",
+    }  # fmt: skip
+    assert cells["mlp"][1].startswith("25.00 ± 1") and cells["mlp"][3] == "-70.00" and "worse" in cells["mlp"]
+
+
+def test_recall_of_other_documents_is_not_compared(tmp_path):
+    recalling(tmp_path, {"standard": 0.9})
+    recalling(tmp_path, {"mlp": 0.2}, kind="induction(pairs=4)")
+    with pytest.raises(
+        UserError, match=r"recall of mlp-. is of induction\(pairs=4\), of standard-. of mqar|of standard"
+    ):
+        read_study([str(tmp_path)])
+
+
 def test_few_runs_show_little_and_say_so(tmp_path):
     for seed in (0, 1):
         made_run(tmp_path / f"a{seed}", losses=2.0 + HARD + 0.1 * seed, seed=seed)
     made_run(tmp_path / "b", losses=2.05 + HARD, variant="rnd_emb_qk", layout="even")
-    (family,) = read_study(str(tmp_path)).families.values()
+    (family,) = read_study([str(tmp_path)]).families.values()
     found = {one.number: one for one in findings(family)}
     assert found[1].said == "not shown: no runs (uniform mlp and standard)" and not found[1].runs
     assert {number for number, one in found.items() if one.verdict == "no runs"} == {1, 2, 4, 5, 6, 7}
