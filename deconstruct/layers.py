@@ -59,10 +59,11 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         leading, inputs = x.shape[: x.ndim - self.contracted], x.shape[x.ndim - self.contracted :]
         x = x.astype(self.dtype)
-        if len(leading) > 1 and leading[0] > 1:
+        if len(leading) > 1 and (leading[0] > 1 or jax.sharding.get_abstract_mesh().size <= 1):
             # Tokens as one axis: from two of them, XLA's CPU backend would transpose the cotangent, element by element,
             # before it forms the kernel's gradient, which is a sum over tokens. A batch of one, which no mesh divides,
-            # keeps its axes: merged, its kernel would no longer be gathered, but its partial sums added up.
+            # keeps its axes on several devices: merged, its kernel would no longer be gathered, but its partial sums
+            # added up.
             x = x.reshape(-1, *inputs)
         y = jax.lax.dot_general(
             x,

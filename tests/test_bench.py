@@ -14,6 +14,7 @@ from deconstruct.bench.kernels import SHARED, Work, kernel_speed, kernels_as_tex
 from deconstruct.bench.lengths import length_speed, lengths_as_text
 from deconstruct.bench.roofline import draw_roofline
 from deconstruct.bench.rounds import Case, ratio, speeds_as_text
+from deconstruct.bench.targets import PEERS, target_speed, targets_as_text
 from deconstruct.bench.train_step import train_speed
 from deconstruct.model.language_model import build_model
 
@@ -66,6 +67,28 @@ def test_kernels(tmp_path):
     assert kernels_as_text(found).count("\nsoftmax: xla ") == 2
     draw_roofline(found, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.proof
+def test_targets(monkeypatch):
+    """Every aim has a figure, where what it takes is here: no peer is, and no device whose peak is known."""
+    monkeypatch.setattr("deconstruct.bench.targets.VARIANTS", {"standard": "", "mlp": ""})
+    found = target_speed(Work(32, 2, 8, "float32", (8, 16)), TINY, rounds=1, peers=False)
+    rows = {row["what"]: row for row in found["targets"]}
+    assert len(rows) == len(found["targets"]) == len(PEERS) * 2 * 2 + 2 + 2 + 2 + 1
+    measured = {what for what, row in rows.items() if row["measured"] is not None}
+    assert measured == {
+        *(f"self_gate, share of the roofline, {length} positions" for length in (8, 16)),
+        *(f"one map for 4 sequences to a map each, 8 positions, {way}" for way in ("forward", "backward")),
+        "tiny mlp to standard",
+    }
+    assert all(row["reached"] == (row["measured"] >= row["least"]) for row in rows.values() if row["what"] in measured)
+    assert targets_as_text(found).count("\nnot measured ") == len(rows) - len(measured)
+
+
+def test_targets_are_of_a_gpu(capsys):
+    assert cli.main(["bench", "targets"]) == 2
+    assert "targets are speeds on a GPU, and there is none here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flops", "moved", "least"), [(4.0, 1.0, 2.0), (1.0, 9.0, 3.0)])

@@ -5,6 +5,7 @@ deconstruct bench generate            # of greedy decoding, batch 1 and 8
 deconstruct bench contexts            # milliseconds a decoded token of every variant, and bytes of its cache
 deconstruct bench lengths             # train-step tokens a second of every variant at growing lengths
 deconstruct bench kernels             # every program of every form, forward and backward, beside the roofline
+deconstruct bench targets --peers     # on a GPU: whether kernels and train step are as fast as they are meant to be
 deconstruct bench --peers             # beside transformers and torch; needs the extra `peers`
 """
 
@@ -23,18 +24,19 @@ from deconstruct.bench.kernels import ON_ACCELERATORS, ON_CPU, kernel_speed, ker
 from deconstruct.bench.lengths import length_speed, lengths_as_text
 from deconstruct.bench.roofline import draw_roofline
 from deconstruct.bench.rounds import CASES, Case, speeds_as_text
+from deconstruct.bench.targets import CASE, WORK, target_speed, targets_as_text
 from deconstruct.bench.train_step import train_speed
 from deconstruct.types import UserError
 
-WHAT = ("train", "generate", "contexts", "lengths", "kernels")
-OF_ALL = ("contexts", "lengths", "kernels")  # compare all variants or forms with each other
+WHAT = ("train", "generate", "contexts", "lengths", "kernels", "targets")
+OF_ALL = ("contexts", "lengths", "kernels", "targets")  # compare all variants or forms with each other
 BATCHES = (1, 8)
 LONG = Case("lengths", 1, 8192, 4_096, 256, 1024, 2, 4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", default="train", choices=WHAT, help="what is measured (default train)")
-    parser.add_argument("--peers", action="store_true", help="measure torch's beside it (train, generate, kernels)")
+    parser.add_argument("--peers", action="store_true", help="measure torch's beside it (not contexts, lengths)")
     parser.add_argument("--variant", help="of every layer (default standard; train, generate)")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="alternating rounds (default 10)")
     parser.add_argument("--steps", type=int, metavar="N", help="train steps a round (default 3; train only)")
@@ -64,6 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
         say(found, kernels_as_text(found))
         if arguments.plot:
             draw_roofline(found, Path(arguments.plot))
+    elif what == "targets":
+        found = target_speed(WORK, CASE, rounds, peers)
+        say(found, targets_as_text(found))
     for case in () if what in OF_ALL else CASES:
         if what == "train":
             found = train_speed(case, variant, peers, rounds, steps)
@@ -90,6 +95,8 @@ def _check(arguments: argparse.Namespace, variant: str, steps: int) -> None:
         raise UserError(f"--lengths={arguments.lengths}: only lengths and kernels have them; leave --lengths out")
     if arguments.plot and what != "kernels":
         raise UserError(f"--plot={arguments.plot}: only kernels has a roofline; leave --plot out")
+    if what == "targets" and jax.default_backend() == "cpu":
+        raise UserError("targets are speeds on a GPU, and there is none here; bench kernels measures a CPU")
     for name, value in (("rounds", arguments.rounds), ("steps", steps)):
         if value < 1:
             raise UserError(f"--{name}={value}: must be at least 1")

@@ -153,8 +153,8 @@ def _that_run(contenders: dict[str, Round]) -> tuple[dict[str, Round], list[str]
         try:
             round_()
             fit[label] = round_
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+        except Exception as error:  # JAX's, PyTorch's or Triton's
+            if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "out of memory", "out of resource")):
                 raise
             failed.append(label)
     return fit, failed

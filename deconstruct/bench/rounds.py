@@ -31,6 +31,7 @@ class Case(NamedTuple):
     intermediate: int
     layers: int
     heads: int
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         return (
@@ -39,7 +40,7 @@ class Case(NamedTuple):
         )
 
     def config(self, variant: str) -> Config:
-        """A float32 model of one variant, unrolled, nothing recomputed; no clipping."""
+        """A model of one variant, unrolled, nothing recomputed; no clipping."""
         config = default_config()
         config.update({"variant": variant, "data": "", "batch_size": self.batch, "sequence_length": self.length})
         config.model.update(
@@ -49,7 +50,7 @@ class Case(NamedTuple):
                 "num_layers": self.layers,
                 "num_heads": self.heads,
                 "vocab_size": self.vocabulary,
-                "dtype": "float32",
+                "dtype": self.dtype,
                 "remat": False,
                 "scan": False,
             }

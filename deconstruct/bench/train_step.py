@@ -1,6 +1,7 @@
 """Tokens a second of the train step, alone or beside Qwen2ForCausalLM + torch.optim.AdamW(fused=True).
 
-Both train the same shapes in float32 on the CPU, without clipping, on random tokens.
+Both train the same shapes without clipping, on random tokens: on the CPU in float32; on a GPU in bfloat16 with float32
+parameters, PyTorch's model compiled.
 """
 
 from __future__ import annotations
@@ -60,17 +61,23 @@ def _peer_round(case: Case, steps: int) -> Round:
         use_cache=False,
     )
     torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(shape).float().train()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.Qwen2ForCausalLM(shape).float().train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.9999), weight_decay=0.1, fused=True)
     # transformers shifts the labels itself: length + 1 tokens in would be one position more than ours.
-    tokens = torch.from_numpy(case.tokens(case.length).astype(np.int64))
+    tokens = torch.from_numpy(case.tokens(case.length).astype(np.int64)).to(device)
+    run = torch.compile(model) if device == "cuda" else model
 
     def round_() -> float:
         start = time.perf_counter()
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
-            model(input_ids=tokens, labels=tokens).loss.backward()
+            with torch.autocast(device, torch.bfloat16, enabled=case.dtype == "bfloat16"):
+                loss = run(input_ids=tokens, labels=tokens).loss
+            loss.backward()
             optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     return round_
