@@ -32,6 +32,7 @@ class Case(NamedTuple):
     layers: int
     heads: int
     dtype: str = "float32"
+    scan: bool = False
 
     def __str__(self) -> str:
         return (
@@ -40,7 +41,7 @@ class Case(NamedTuple):
         )
 
     def config(self, variant: str) -> Config:
-        """A model of one variant, unrolled, nothing recomputed; no clipping."""
+        """A model of one variant, nothing recomputed; no clipping."""
         config = default_config()
         config.update({"variant": variant, "data": "", "batch_size": self.batch, "sequence_length": self.length})
         config.model.update(
@@ -52,7 +53,7 @@ class Case(NamedTuple):
                 "vocab_size": self.vocabulary,
                 "dtype": self.dtype,
                 "remat": False,
-                "scan": False,
+                "scan": self.scan,
             }
         )
         config.optimizer.clip_norm = 0.0
