@@ -5,9 +5,9 @@
     deconstruct train --config=configs/recall.py:variant=standard --workdir=runs/recall/standard
     deconstruct evaluate --workdir=runs/recall/standard --tasks=recall
 
-0.1 M parameters, 5 M tokens of training on a CPU. Who knows the four values of a document, but not whose they are, has
-an accuracy near 0.25 and a loss near 1.77; who knows both, a loss near 1.3. Measured (docs/evaluation.md): standard
-0.82, non_approximate 0.44 after 2,000 steps.
+0.1 M parameters, 2.5 M tokens of training: a minute or two on a core. Who knows the four values of a document, but not
+whose they are, has an accuracy near 0.25. Measured over three seeds (docs/results.md): standard 0.93, maps that do not
+follow the hidden states 0.45 to 0.53, their hybrids 0.84 to 0.96, mlp 0.06.
 """
 
 from deconstruct.config import default_config
