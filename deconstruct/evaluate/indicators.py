@@ -134,7 +134,7 @@ def _of_logits(found: Found) -> Measurement:
 
 def _of_activations(found: Found, tokens: np.ndarray) -> Iterator[Measurement]:
     largest = found["activation_largest"]
-    worst = int(largest.argmax())
+    worst = int(np.argmax(largest))
     position, channel = (int(found[f"activation_{of}"][worst]) for of in ("position", "channel"))
     extras = {"position": position + 1, "channel": channel, "token": int(tokens[worst, position])}
     yield Measurement("activation_largest", float(largest.max()), extras)
