@@ -16,11 +16,11 @@ if version.__version_info__ < (0, 11) and os.environ.get("DECONSTRUCT_EMITTERS")
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # What takes long to compile and is wanted again, by a resumed run, a program that a test starts, or the other of
-# pytest-xdist's workers, which inherit this.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# pytest-xdist's workers, which inherit this. `make proof` compiles everything itself.
+if "PYTEST_XDIST_WORKER" not in os.environ and "DECONSTRUCT_PROOF" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="deconstruct-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 import pytest
