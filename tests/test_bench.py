@@ -10,7 +10,7 @@ from deconstruct.attention.variants import one_of_each
 from deconstruct.bench.ceilings import Ceilings
 from deconstruct.bench.contexts import context_speed, contexts_as_text
 from deconstruct.bench.generation import NEW, Ours, generation_speed
-from deconstruct.bench.kernels import SHARED, Work, kernel_speed, kernels_as_text
+from deconstruct.bench.kernels import PASSES, SHARED, Work, kernel_speed, kernels_as_text
 from deconstruct.bench.lengths import length_speed, lengths_as_text
 from deconstruct.bench.roofline import draw_roofline
 from deconstruct.bench.rounds import Case, ratio, speeds_as_text
@@ -75,11 +75,11 @@ def test_targets(monkeypatch):
     monkeypatch.setattr("deconstruct.bench.targets.VARIANTS", {"standard": "", "mlp": ""})
     found = target_speed(Work(32, 2, 8, "float32", (8, 16)), TINY, rounds=1, peers=False)
     rows = {row["what"]: row for row in found["targets"]}
-    assert len(rows) == len(found["targets"]) == len(PEERS) * 2 * 2 + 2 + 2 + 2 + 1
+    assert len(rows) == len(found["targets"]) == len(PEERS) * 2 * 2 + 2 * 2 + 2 + 2 + 1
     measured = {what for what, row in rows.items() if row["measured"] is not None}
     assert measured == {
-        *(f"self_gate, share of the roofline, {length} positions" for length in (8, 16)),
-        *(f"one map for 4 sequences to a map each, 8 positions, {way}" for way in ("forward", "backward")),
+        *(f"self_gate, share of the roofline, {length} positions, {way}" for length in (8, 16) for way in PASSES),
+        *(f"one map for 4 sequences to a map each, 8 positions, {way}" for way in PASSES),
         "tiny mlp to standard",
     }
     assert all(row["reached"] == (row["measured"] >= row["least"]) for row in rows.values() if row["what"] in measured)

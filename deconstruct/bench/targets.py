@@ -67,8 +67,11 @@ def _kernel_targets(found: dict[str, Any]) -> Iterable[Target]:
                 theirs, ours = times.get((f"torch: {peer}", length, way)), _best(times, form, length, way)
                 yield Target(f"{form} to {peer}, {length:,} positions, {way}", least, _over(theirs, ours))
     for length in lengths:
-        shares = [row["share"] for row in rows if row["program"].startswith("self_gate: ") and row["length"] == length]
-        yield Target(f"self_gate, share of the roofline, {length:,} positions", BANDWIDTH, max(shares, default=None))
+        for way in PASSES:
+            own = [row for row in rows if row["program"].startswith("self_gate: ")]
+            shares = [row["share"] for row in own if (row["length"], row["pass"]) == (length, way)]
+            what = f"self_gate, share of the roofline, {length:,} positions, {way}"
+            yield Target(what, BANDWIDTH, max(shares, default=None))
     shortest = lengths[0]
     sequences = Work(**found["work"]).batch(shortest)
     for way in PASSES:

@@ -72,7 +72,7 @@ def test_mistakes(reproduce, tmp_path, capsys):
 
 @pytest.mark.proof
 def test_from_text_to_the_page_and_again(tmp_path, environment):
-    """A study of four tiny runs on text and three of recall, by the script itself; its second call trains and evaluates
+    """A study of four tiny runs on text and four of recall, by the script itself; its second call trains and evaluates
     nothing."""
     (text := tmp_path / "texts").mkdir()
     draw = random.Random(0)
