@@ -66,10 +66,10 @@ def _kernel_targets(found: dict[str, Any]) -> Iterable[Target]:
             for way in PASSES:
                 theirs, ours = times.get((f"torch: {peer}", length, way)), _best(times, form, length, way)
                 yield Target(f"{form} to {peer}, {length:,} positions, {way}", least, _over(theirs, ours))
+    gates = [row for row in rows if row["program"].startswith("self_gate: ")]
     for length in lengths:
         for way in PASSES:
-            own = [row for row in rows if row["program"].startswith("self_gate: ")]
-            shares = [row["share"] for row in own if (row["length"], row["pass"]) == (length, way)]
+            shares = [row["share"] for row in gates if (row["length"], row["pass"]) == (length, way)]
             what = f"self_gate, share of the roofline, {length:,} positions, {way}"
             yield Target(what, BANDWIDTH, max(shares, default=None))
     shortest = lengths[0]
